@@ -1,0 +1,24 @@
+"""Argument checks that the operators share; every message names the argument, what came and what is
+allowed."""
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_shape(op, name, tensor, shape, legend):
+    """``tensor.shape`` must equal ``shape``, described by ``legend``, e.g. ``'(batch, L, D)'``."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f'{op}: {name} has shape {tuple(tensor.shape)}, expected {legend} = {tuple(shape)}')
+
+
+def check_same_device(op, tensors):
+    """All ``tensors``, a mapping of name to tensor or None, must share one device and be floating point."""
+    present = {name: t for name, t in tensors.items() if t is not None}
+    devices = {name: t.device for name, t in present.items()}
+    if len(set(devices.values())) > 1:
+        where = ', '.join(f'{name} on {device}' for name, device in devices.items())
+        raise ValueError(f'{op}: tensors must be on one device, got {where}')
+    for name, tensor in present.items():
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f'{op}: {name} has dtype {tensor.dtype}, expected one of '
+                            f"{', '.join(str(d) for d in FLOATS)}")

@@ -1,0 +1,17 @@
+// Included last by each isa_*.cpp, under that file's `target`.
+#include "simd.h"
+
+#include "../../depthwise_conv/csrc/cpu/kernel.h"
+#include "../../selective_scan/csrc/cpu/kernel.h"
+#include "../../state_fusion/csrc/cpu/kernel.h"
+
+namespace mmvssm {
+namespace MMVSSM_ISA {
+
+template <typename T>
+constexpr Tables<T> tables() {
+  return {scan_table<T>(), fusion_table<T>(), conv_table<T>()};
+}
+
+}  // namespace MMVSSM_ISA
+}  // namespace mmvssm

@@ -1,0 +1,29 @@
+"""The compiled kernels, ``torch.ops.mmvssm_cpu.*``, if they were built."""
+import functools
+import pathlib
+
+import torch
+
+_LIBRARY = pathlib.Path(__file__).resolve().parent.parent / '_C.so'
+
+
+@functools.cache
+def why_not_loaded():
+    """None once the compiled kernels are loaded, else the reason why they are not."""
+    if not _LIBRARY.exists():
+        return ('the compiled kernels are not built; with a C++ compiler at hand: '
+                'MMVSSM_BUILD_EXT=1 pip install --no-build-isolation -e .')
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return (f'the compiled kernels were built for another PyTorch than {torch.__version__} '
+                f'({error}); reinstall mmvssm')
+    return None
+
+
+def why_not_cpu(tensor):
+    """The reason why the C++ kernels cannot take ``tensor``, or None."""
+    if tensor.device.type != 'cpu':
+        return f'it runs CPU tensors, this one is on {tensor.device}'
+    return why_not_loaded()
+

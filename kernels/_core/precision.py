@@ -1,0 +1,20 @@
+"""Internals in float32 whatever the precision around them."""
+import functools
+
+import torch
+
+
+def compute_dtype(tensor):
+    """The type that kernels calculate in: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(fn):
+    """Run ``fn`` with autocast off: PyTorch operations inside an operator must not lower its precision."""
+
+    @functools.wraps(fn)
+    def wrapped(x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return fn(x, *args)
+
+    return wrapped

@@ -1,0 +1,13 @@
+"""Gradients of a composition of PyTorch operations, recomputed."""
+import torch
+
+
+def vjp(fn, args, grad):
+    """Gradients of ``fn(*args)`` for the cotangent ``grad``: a tensor for every floating-point tensor of
+    ``args``, None for the others."""
+    with torch.enable_grad():
+        leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                  for a in args]
+        wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
+        grads = iter(torch.autograd.grad(fn(*leaves), wanted, grad, materialize_grads=True))
+    return [next(grads) if isinstance(a, torch.Tensor) and a.requires_grad else None for a in leaves]

@@ -1,0 +1,82 @@
+"""The public selective scan: validates, documents, calls the operator."""
+import torch
+
+from .._core.checks import check_same_device, check_shape
+from . import ops  # noqa: F401  (registers the operator)
+
+
+def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=None):
+    r"""Selective state-space scan with the low-rank step projection inside (Mamba, arXiv 2312.00752,
+    eq. 2-3 with zero-order hold for ``A`` and Euler for ``B``; Spatial-Mamba, arXiv 2410.15091).
+
+    Per channel ``d`` and state ``n``, over the tokens ``t`` of the sequence::
+
+        delta_t = softplus(dt_t @ dt_weight.T + dt_bias)
+        h_t[n]  = exp(delta_t * A[n]) * h_{t-1}[n] + delta_t * B_t[n] * x_t,      h_{-1} = 0
+        y_t     = sum_n C_t[n] * h_t[n] + D * x_t
+
+    ``softplus`` is the identity above 20. Internals are float32 (float64 for float64 ``x``).
+
+    Args:
+        x (Tensor): input, (batch, L, D), channels last; any strides.
+        dt (Tensor): low-rank steps, (batch, L, R).
+        A (Tensor): decay rates, (D, N), negative for a stable recurrence.
+        B (Tensor): input projection, (batch, L, N).
+        C (Tensor, optional): output projection, (batch, L, N). Without it the states are returned.
+        dt_weight (Tensor): step projection, (D, R).
+        dt_bias (Tensor): its bias, (D,).
+        D (Tensor, optional): skip weight, (D,); needs ``C``.
+        order (Tensor, optional): integer tokens in the order in which they are scanned, a permutation of
+            0..L-1 of shape (L,), (K, L) or (batch, K, L). Inputs and outputs stay at their tokens.
+
+    For ``K`` directions at once, give ``dt``, ``B``, ``C`` as (batch, L, K, ...) and ``A``, ``dt_weight``,
+    ``dt_bias``, ``D`` as (K, ...); the directions' outputs are summed, in the order of ``k``.
+
+    Returns:
+        Tensor: ``y`` (batch, L, D), or without ``C`` the states ``h`` (batch, L, N, D); dtype of ``x``.
+
+    Raises:
+        ValueError: a shape does not fit, tensors are on different devices, ``D`` or several directions
+            without ``C``.
+        TypeError: a tensor is not floating point, or ``order`` is not integer.
+        BackendError: a requested backend cannot run the call.
+    """
+    op = 'selective_scan'
+    check_same_device(op, dict(x=x, dt=dt, A=A, B=B, C=C, dt_weight=dt_weight, dt_bias=dt_bias, D=D))
+    if x.dim() != 3:
+        raise ValueError(f'{op}: x has shape {tuple(x.shape)}, expected (batch, L, D)')
+    if dt.dim() not in (3, 4):
+        raise ValueError(f'{op}: dt has shape {tuple(dt.shape)}, expected (batch, L, R) or (batch, L, K, R)')
+    if D is not None and C is None:
+        raise ValueError(f'{op}: D is given without C; the skip belongs to the output, not to the states')
+    if dt.dim() == 3:
+        dt, B, A = dt.unsqueeze(2), B.unsqueeze(2), A.unsqueeze(0)
+        C = None if C is None else C.unsqueeze(2)
+        dt_weight, dt_bias = dt_weight.unsqueeze(0), dt_bias.unsqueeze(0)
+        D = None if D is None else D.unsqueeze(0)
+    batch, length, dim = x.shape
+    directions, rank, d_state = dt.shape[2], dt.shape[3], B.shape[-1]
+    if not 1 <= d_state <= 256:
+        raise ValueError(f'{op}: B has {d_state} states, expected 1 to 256')
+    check_shape(op, 'dt', dt, (batch, length, directions, rank), '(batch, L, [K,] R)')
+    check_shape(op, 'B', B, (batch, length, directions, d_state), '(batch, L, [K,] N)')
+    check_shape(op, 'A', A, (directions, dim, d_state), '([K,] D, N)')
+    check_shape(op, 'dt_weight', dt_weight, (directions, dim, rank), '([K,] D, R)')
+    check_shape(op, 'dt_bias', dt_bias, (directions, dim), '([K,] D)')
+    if C is not None:
+        check_shape(op, 'C', C, (batch, length, directions, d_state), '(batch, L, [K,] N)')
+    elif directions > 1:
+        raise ValueError(f'{op}: {directions} directions need C; states of several directions have no sum')
+    if D is not None:
+        check_shape(op, 'D', D, (directions, dim), '([K,] D)')
+    if order is not None:
+        if order.is_floating_point() or order.is_complex() or order.dtype == torch.bool:
+            raise TypeError(f'{op}: order has dtype {order.dtype}, expected integers')
+        full = (batch, directions, length)
+        if order.dim() > 3 or tuple(order.shape) != full[3 - order.dim():]:
+            raise ValueError(f'{op}: order has shape {tuple(order.shape)}, expected (L,), (K, L) or '
+                             f'(batch, K, L) with (batch, K, L) = {full}')
+        if order.device != x.device:
+            raise ValueError(f'{op}: tensors must be on one device, got x on {x.device}, '
+                             f'order on {order.device}')
+    return torch.ops.mmvssm.selective_scan(x, dt, A, B, C, dt_weight, dt_bias, D, order)[0]

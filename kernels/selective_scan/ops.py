@@ -1,0 +1,76 @@
+"""The ``torch.library`` operator: schema, fake, autograd. Backends are chosen inside, so that a compiled
+graph sees one opaque node."""
+import torch
+
+from .._core.backends import choose
+from .._core.precision import compute_dtype, without_autocast
+from .dispatch import BACKENDS
+
+#: Tokens per chunk: backward restarts the recurrence from one stored state per chunk.
+CHUNK = 64
+
+_ARGS = ('Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor dt_weight, Tensor dt_bias, Tensor? D, '
+         'Tensor? order')
+
+lib = torch.library.Library('mmvssm', 'FRAGMENT')
+lib.define(f'selective_scan({_ARGS}) -> (Tensor, Tensor)')
+lib.define(f'selective_scan_backward(Tensor grad, {_ARGS}, Tensor states) -> '
+           '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+
+
+def _cast(args, dtype):
+    return [a.to(dtype) if a is not None and a.is_floating_point() else a for a in args]
+
+
+@without_autocast
+def _forward(*args):
+    x, dtype = args[0], compute_dtype(args[0])
+    y, states = choose('selective_scan', BACKENDS, x).forward(*_cast(args, dtype), chunk=CHUNK)
+    return y.to(x.dtype), states
+
+
+@without_autocast
+def _backward(grad, *args_and_states):
+    args, states = args_and_states[:-1], args_and_states[-1]
+    dtype = compute_dtype(args[0])
+    grads = choose('selective_scan', BACKENDS, args[0]).backward(
+        grad.to(dtype), *_cast(args, dtype), states, chunk=CHUNK)
+    return tuple(_empty(args[0]) if a is None else g.to(a.dtype)
+                 for a, g in zip(args[:8], grads, strict=True))
+
+
+def _empty(x):
+    return x.new_empty(0)
+
+
+def _fake(x, dt, A, B, C, dt_weight, dt_bias, D, order):
+    batch, length, dim = x.shape
+    d_state, directions = B.shape[3], dt.shape[2]
+    y = x.new_empty((batch, length, dim) if C is not None else (batch, length, d_state, dim))
+    states = (batch, directions, -(-length // CHUNK), d_state, dim)
+    return y, x.new_empty(states, dtype=compute_dtype(x))
+
+
+def _fake_backward(grad, x, dt, A, B, C, dt_weight, dt_bias, D, order, states):
+    return tuple(_empty(x) if a is None else a.new_empty(a.shape)
+                 for a in (x, dt, A, B, C, dt_weight, dt_bias, D))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, _grad_states):
+    saved = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 9
+    grads = torch.ops.mmvssm.selective_scan_backward(grad, *saved)
+    return (*(None if a is None else g for a, g in zip(saved[:8], grads, strict=True)), None)
+
+
+lib.impl('selective_scan', _forward, 'CompositeExplicitAutograd')
+lib.impl('selective_scan_backward', _backward, 'CompositeExplicitAutograd')
+torch.library.register_fake('mmvssm::selective_scan', _fake, lib=lib)
+torch.library.register_fake('mmvssm::selective_scan_backward', _fake_backward, lib=lib)
+torch.library.register_autograd('mmvssm::selective_scan', _autograd, setup_context=_setup_context, lib=lib)

@@ -1,0 +1,217 @@
+"""Spatial-Mamba.
+
+Paper: Xiao et al., "Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion",
+ICLR 2025, https://arxiv.org/abs/2410.15091. Parameter names follow the authors' checkpoints, which load as
+they are.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmvssm.kernels import depthwise_conv, selective_scan, state_fusion
+
+from ..layers.backbone import VisionSSM
+from ..layers.depthwise import DepthwiseConv
+from ..layers.mlp import MLP
+
+LN_EPS = 1e-5
+
+
+class ConvBN(nn.Sequential):
+    """Convolution, then optionally BatchNorm, then optionally ReLU; channels first."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, bias=False, norm=True,
+                 relu=True):
+        super().__init__()
+        self.add_module('conv', nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2,
+                                          groups=groups, bias=bias))
+        if norm:
+            self.add_module('norm', nn.BatchNorm2d(out_channels))
+        if relu:
+            self.add_module('act', nn.ReLU())
+
+
+class Stem(nn.Module):
+    """Image (B, in_channels, H, W) to map (B, dim, H/4, W/4), sides rounded up."""
+
+    def __init__(self, in_channels, dim):
+        super().__init__()
+        self.conv1 = ConvBN(in_channels, dim // 2, 3, stride=2)
+        self.conv2 = nn.Sequential(ConvBN(dim // 2, dim // 2, 3), ConvBN(dim // 2, dim // 2, 3, relu=False))
+        self.conv3 = nn.Sequential(ConvBN(dim // 2, 4 * dim, 3, stride=2), ConvBN(4 * dim, dim, 1, relu=False))
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.conv3(x + self.conv2(x))
+
+
+class Downsample(nn.Module):
+    """Map (B, dim, H, W) to (B, 2 * dim, H/2, W/2), sides rounded up."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Sequential(
+            ConvBN(dim, 8 * dim, 1, bias=True, norm=False),
+            ConvBN(8 * dim, 8 * dim, 3, stride=2, groups=8 * dim, bias=True, norm=False),
+            ConvBN(8 * dim, 2 * dim, 1, bias=True, relu=False))
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class StateFusion(nn.Module):
+    """Weights of the structure-aware state fusion: one depthwise 3x3 kernel per dilation 1, 3, 5."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.kernel_3 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.kernel_3_1 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.kernel_3_2 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.alpha = nn.Parameter(torch.ones(3))
+
+    def forward(self, h, C, x, D):
+        return state_fusion(h, C, x, D, (self.kernel_3, self.kernel_3_1, self.kernel_3_2), self.alpha)
+
+
+class StructureAwareSSM(nn.Module):
+    """The mixer: a unidirectional selective scan whose states are fused over their 2-D neighbourhood
+    (paper, section 3.2). Maps (B, H, W, dim) to (B, H, W, dim)."""
+
+    def __init__(self, dim, d_state=1, ssm_ratio=2.0):
+        super().__init__()
+        inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16)
+        self.rank, self.d_state = rank, d_state
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv2d = DepthwiseConv(inner)
+        self.x_proj_weight = nn.Parameter(torch.empty(rank + 2 * d_state, inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(inner, rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(inner))
+        self.A_logs = nn.Parameter(torch.empty(inner, d_state))
+        self.Ds = nn.Parameter(torch.ones(inner))
+        self.state_fusion = StateFusion(inner)
+        self.out_norm = nn.LayerNorm(inner, eps=LN_EPS)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        for parameter in (self.dt_projs_bias, self.A_logs, self.Ds):
+            parameter._no_weight_decay = True
+        self.reset_ssm_parameters()
+
+    @torch.no_grad()
+    def reset_ssm_parameters(self, dt_min=1e-3, dt_max=1e-1, dt_floor=1e-4):
+        """Initialise what the generic pass over linear layers does not touch."""
+        bound = self.x_proj_weight.shape[1]**-0.5  # of PyTorch's default linear initialisation
+        self.x_proj_weight.uniform_(-bound, bound)
+        self.dt_projs_weight.uniform_(-self.rank**-0.5, self.rank**-0.5)
+        dt = torch.empty_like(self.dt_projs_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+        dt.clamp_(min=dt_floor)
+        self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
+        self.A_logs.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_logs))
+
+    def forward(self, x):
+        batch, height, width, _ = x.shape
+        x, z = self.in_proj(x).chunk(2, -1)
+        x = self.conv2d(x, activation='silu')
+        dt, B, C = F.linear(x, self.x_proj_weight).split((self.rank, self.d_state, self.d_state), -1)
+        h = selective_scan(x.flatten(1, 2), dt.flatten(1, 2), -self.A_logs.float().exp(), B.flatten(1, 2),
+                           dt_weight=self.dt_projs_weight, dt_bias=self.dt_projs_bias)
+        y = self.state_fusion(h.unflatten(1, (height, width)), C, x, self.Ds)
+        return self.out_proj(self.out_norm(y) * F.silu(z))
+
+
+class Block(nn.Module):
+    """Positional convolution, mixer, positional convolution, MLP; all residual, on maps (B, H, W, dim)."""
+
+    def __init__(self, dim, d_state, mlp_ratio, drop_path):
+        super().__init__()
+        self.cpe1 = DepthwiseConv(dim)
+        self.ln_1 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.self_attention = StructureAwareSSM(dim, d_state)
+        self.cpe2 = DepthwiseConv(dim)
+        self.ln_2 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.mlp = MLP(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = self.cpe1(x, residual=True)
+        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+        x = self.cpe2(x, residual=True)
+        return x + self.drop_path(self.mlp(self.ln_2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks at one width and, but for the last stage, the downsampling after them."""
+
+    def __init__(self, dim, d_state, mlp_ratio, drop_path_rates, downsample):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, d_state, mlp_ratio, rate) for rate in drop_path_rates)
+        self.downsample = Downsample(dim) if downsample else nn.Identity()
+
+
+@MODELS.register_module()
+class SpatialMamba(VisionSSM):
+    """Spatial-Mamba backbone (ICLR 2025).
+
+    Takes images (B, in_channels, H, W) of any size; returns a tuple of maps (B, C_i, H_i, W_i) at 1/4, 1/8,
+    1/16, 1/32 of the sides, rounded up, with C_i = embed_dims * 2**i. Loads the authors' checkpoints,
+    classification and dense, as they are: by ``load_state_dict`` or
+    ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``.
+
+    Args:
+        arch (str | dict): 'tiny', 'small', 'base', or a dict with ``embed_dims`` (width of the first stage)
+            and ``depths`` (blocks of the four stages). Default 'tiny'.
+        in_channels (int): channels of the image. Default 3.
+        out_indices (Sequence[int]): stages whose maps are returned; later stages are not built.
+            Default (0, 1, 2, 3).
+        drop_path_rate (float, optional): stochastic depth of the last block, growing linearly from 0. None takes
+            the published one: 0.2, 0.3, 0.5 for tiny, small, base; 0 for a dict without it. Default None.
+        d_state (int): states per channel; the publication has 1. Default 1.
+        mlp_ratio (float): hidden over outer width of the MLPs. Default 4.0.
+        with_cp (bool): gradient checkpointing by block: less memory, one more forward. Default False.
+        frozen_stages (int): -1 none, 0 the stem, i > 0 the stem and the first i stages with their
+            downsamplings. Default -1.
+        norm_eval (bool): keep BatchNorm in eval mode when training. Default False.
+        init_cfg (dict, optional): MMEngine's initialisation. Default None: the publication's.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Example:
+        >>> model = SpatialMamba('tiny').eval()
+        >>> [tuple(f.shape) for f in model(torch.rand(1, 3, 224, 224))]
+        [(1, 64, 56, 56), (1, 128, 28, 28), (1, 256, 14, 14), (1, 512, 7, 7)]
+    """
+
+    arch_settings = dict(
+        tiny=dict(embed_dims=64, depths=(2, 4, 8, 4), drop_path_rate=0.2),
+        small=dict(embed_dims=64, depths=(2, 4, 21, 5), drop_path_rate=0.3),
+        base=dict(embed_dims=96, depths=(2, 4, 21, 5), drop_path_rate=0.5))
+
+    def __init__(self, arch='tiny', in_channels=3, out_indices=(0, 1, 2, 3), drop_path_rate=None, d_state=1,
+                 mlp_ratio=4.0, with_cp=False, frozen_stages=-1, norm_eval=False, init_cfg=None):
+        super().__init__(arch, in_channels, out_indices, drop_path_rate, with_cp, frozen_stages, norm_eval,
+                         init_cfg)
+        if not isinstance(d_state, int) or not 1 <= d_state <= 256:
+            raise ValueError(f'SpatialMamba: d_state={d_state!r}, expected an integer in 1..256')
+        if mlp_ratio <= 0:
+            raise ValueError(f'SpatialMamba: mlp_ratio={mlp_ratio}, expected a positive number')
+        self.patch_embed = Stem(in_channels, self.embed_dims)
+        self.layers = nn.ModuleList(
+            Stage(self.embed_dims * 2**i, d_state, mlp_ratio, self.drop_path_rates[i],
+                  downsample=i + 1 < self.num_stages) for i in range(self.num_stages))
+        self.add_output_norms(LN_EPS)
+        self.reset_parameters()
+        self.train()
+
+    def reset_parameters(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, StructureAwareSSM):
+                module.reset_ssm_parameters()
+            elif module is not self and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()

@@ -1,0 +1,194 @@
+"""What all backbones of this package share: options, freezing, output norms, loading."""
+from collections.abc import Mapping
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint as recompute
+
+from .checkpoint import read_checkpoint, unwrap
+
+
+class VisionSSM(BaseModule):
+    """Base of four-stage backbones that work on channels-last maps.
+
+    A subclass gives ``arch_settings`` and ``classifier_prefixes``, and in its constructor calls
+    :meth:`parse_arch` and then builds ``patch_embed``, ``layers`` (modules with ``blocks`` and
+    ``downsample``) and :meth:`add_output_norms`.
+    """
+
+    #: Name to dict(embed_dims, depths, drop_path_rate).
+    arch_settings = {}
+    #: Names that only the authors' classifiers have: their final norm, then their head.
+    classifier_prefixes = ('norm.', 'head.')
+
+    def __init__(self, arch, in_channels, out_indices, drop_path_rate, with_cp, frozen_stages, norm_eval,
+                 init_cfg):
+        super().__init__(init_cfg)
+        name = type(self).__name__
+        settings = self.parse_arch(arch)
+        self.embed_dims, self.depths = settings['embed_dims'], tuple(settings['depths'])
+        stages = len(self.depths)
+        if isinstance(out_indices, int):
+            out_indices = (out_indices,)
+        out_indices = tuple(i + stages if isinstance(i, int) and i < 0 else i for i in out_indices)
+        if not out_indices or not all(isinstance(i, int) and 0 <= i < stages for i in out_indices) \
+                or list(out_indices) != sorted(set(out_indices)):
+            raise ValueError(f'{name}: out_indices={out_indices}, expected increasing stage numbers in '
+                             f'0..{stages - 1}')
+        self.out_indices = out_indices
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f'{name}: in_channels={in_channels!r}, expected a positive integer')
+        self.in_channels = in_channels
+        rate = settings.get('drop_path_rate', 0.) if drop_path_rate is None else drop_path_rate
+        if not 0 <= rate < 1:
+            raise ValueError(f'{name}: drop_path_rate={drop_path_rate}, expected a number in [0, 1)')
+        # Stages past the last output are not built, so that every parameter takes part in training.
+        self.num_stages = out_indices[-1] + 1
+        rates = iter(torch.linspace(0, rate, sum(self.depths)).tolist())
+        self.drop_path_rates = [[next(rates) for _ in range(depth)] for depth in self.depths]
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= self.num_stages:
+            raise ValueError(f'{name}: frozen_stages={frozen_stages!r}, expected -1 (none), 0 (stem) to '
+                             f'{self.num_stages} (stem and all stages)')
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.norm_eval = norm_eval
+        #: Channels of each returned map.
+        self.out_channels = tuple(self.embed_dims * 2**i for i in out_indices)
+
+    def parse_arch(self, arch):
+        """``arch`` as dict(embed_dims, depths, ...); raises ValueError for what is not one."""
+        name = type(self).__name__
+        if isinstance(arch, str):
+            if arch not in self.arch_settings:
+                raise ValueError(f"{name}: arch='{arch}', expected one of "
+                                 f'{list(self.arch_settings)} or a dict with embed_dims and depths')
+            return self.arch_settings[arch]
+        if not isinstance(arch, Mapping) or not {'embed_dims', 'depths'} <= set(arch):
+            raise ValueError(f'{name}: arch={arch!r}, expected one of {list(self.arch_settings)} or a dict '
+                             'with embed_dims and depths')
+        unknown = set(arch) - {'embed_dims', 'depths', 'drop_path_rate'}
+        if unknown:
+            raise ValueError(f'{name}: arch has unknown keys {sorted(unknown)}, expected embed_dims, depths '
+                             'and optionally drop_path_rate')
+        dims, depths = arch['embed_dims'], arch['depths']
+        if not isinstance(dims, int) or dims < 2 or dims % 2:
+            raise ValueError(f"{name}: arch['embed_dims']={dims!r}, expected an even integer: the width of "
+                             'the first stage')
+        if len(depths) != 4 or not all(isinstance(d, int) and d > 0 for d in depths):
+            raise ValueError(f"{name}: arch['depths']={depths!r}, expected 4 positive integers: blocks of each "
+                             'stage')
+        return arch
+
+    def add_output_norms(self, eps):
+        """One fresh LayerNorm per returned stage, named as in the authors' dense models."""
+        for i, channels in zip(self.out_indices, self.out_channels, strict=True):
+            self.add_module(f'outnorm{i}', nn.LayerNorm(channels, eps=eps))
+
+    def init_weights(self):
+        """Fresh weights, or those of ``init_cfg=dict(type='Pretrained', checkpoint=FILE)``.
+
+        Raises:
+            FileNotFoundError, ValueError: the file is missing or unreadable.
+            RuntimeError: its names or shapes do not fit; every one of them is listed.
+        """
+        pretrained = isinstance(self.init_cfg, Mapping) and self.init_cfg.get('type') == 'Pretrained'
+        if pretrained:
+            filename = self.init_cfg['checkpoint']
+            content = read_checkpoint(filename)
+            if not isinstance(content, Mapping):
+                raise ValueError(f"checkpoint '{filename}' holds a {type(content).__name__}, expected a dict of "
+                                 'weights')
+            prefix = self.init_cfg.get('prefix')
+            if prefix:
+                content = {name.removeprefix(prefix): value for name, value in unwrap(content).items()
+                           if name.startswith(prefix)} or content
+            print_log(f'{type(self).__name__}: weights from {filename}', logger='current')
+            try:
+                self.load_state_dict(content)
+            except RuntimeError as error:
+                raise RuntimeError(f"checkpoint '{filename}' does not fit: {error}") from None
+        elif self.init_cfg:
+            super().init_weights()
+        else:
+            self.reset_parameters()
+        self._is_init = True
+
+    def reset_parameters(self):
+        """Draw all weights afresh, from PyTorch's generator."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if not prefix:
+            weights = dict(unwrap(state_dict))
+            state_dict.clear()
+            state_dict.update(weights)
+        self._to_own_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _to_own_names(self, state_dict, prefix):
+        """Fit what the authors' classifiers and dense models name differently or have besides. Anything else
+        is left alone, for the caller to report."""
+        own = {prefix + name: value for name, value in self.state_dict().items()}
+        final_norm, head = (prefix + p for p in self.classifier_prefixes)
+        is_classifier = any(name.startswith((final_norm, head)) for name in state_dict)
+        if is_classifier and self.out_indices == (len(self.depths) - 1,):  # its norm is our only output's
+            for name in [n for n in state_dict if n.startswith(final_norm)]:
+                state_dict[f'{prefix}outnorm{self.out_indices[0]}.{name[len(final_norm):]}'] = \
+                    state_dict.pop(name)
+        not_built = [f'{prefix}outnorm{i}.' for i in range(len(self.depths)) if i not in self.out_indices]
+        not_built += [f'{prefix}layers.{i}.' for i in range(self.num_stages, len(self.depths))]
+        not_built += [f'{prefix}layers.{self.num_stages - 1}.downsample.']
+        not_built += [final_norm, head]
+        dropped = [name for name in state_dict if name.startswith(tuple(not_built))]
+        for name in dropped:
+            del state_dict[name]
+        fresh = []
+        if is_classifier:
+            fresh = [name for name in own if name[len(prefix):].startswith('outnorm')
+                     and name not in state_dict]
+            for name in fresh:
+                state_dict[name] = own[name]
+        for what, names in (('not used', dropped), ('kept as initialised', fresh)):
+            if names:
+                print_log(f"{type(self).__name__}: {what}: {', '.join(names)}", logger='current')
+
+    def train(self, mode=True):
+        """As ``nn.Module.train``, keeping frozen stages (and with ``norm_eval`` all BatchNorms) in eval mode.
+        Returns self."""
+        super().train(mode)
+        frozen = [self.patch_embed] if self.frozen_stages >= 0 else []
+        frozen += self.layers[:max(self.frozen_stages, 0)]
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, x):
+        """Image (B, in_channels, H, W) to a tuple of maps (B, C_i, H_i, W_i), one for each of ``out_indices``,
+        at 1/4, 1/8, 1/16, 1/32 of the sides, rounded up. The maps are channels-last in memory."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f'{type(self).__name__}: input has shape {tuple(x.shape)}, expected '
+                             f'(B, {self.in_channels}, H, W); in_channels={self.in_channels}')
+        if not x.is_floating_point():
+            raise TypeError(f'{type(self).__name__}: input has dtype {x.dtype}, expected floating point '
+                            '(normalise images first)')
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        outputs = []
+        for i, layer in enumerate(self.layers):
+            x = x.permute(0, 2, 3, 1)
+            for block in layer.blocks:
+                if self.with_cp and x.requires_grad:
+                    x = recompute(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            if i in self.out_indices:
+                outputs.append(getattr(self, f'outnorm{i}')(x).permute(0, 3, 1, 2))
+            x = layer.downsample(x.permute(0, 3, 1, 2))
+        return tuple(outputs)
