@@ -2,7 +2,7 @@
 import torch
 
 from .._core.checks import check_same_device, check_shape
-from . import ops  # noqa: F401  (registers the operator)
+from . import flops, ops  # noqa: F401  (register the operator)
 
 
 def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=None):

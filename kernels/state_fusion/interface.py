@@ -2,7 +2,7 @@
 import torch
 
 from .._core.checks import check_same_device, check_shape
-from . import ops  # noqa: F401  (registers the operator)
+from . import flops, ops  # noqa: F401  (register the operator)
 
 
 def state_fusion(h, C, x, D, kernels, alpha):

@@ -1,0 +1,13 @@
+_base_ = './mask_rcnn.py'
+
+# The authors' ImageNet checkpoint. --cfg-options pretrained=FILE takes another file,
+# pretrained=None trains from scratch.
+pretrained = 'pretrained/spatialmamba_t.pth'
+
+model = dict(
+    backbone=dict(
+        type='SpatialMamba',
+        arch='tiny',
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+    neck=dict(in_channels=[64, 128, 256, 512]))

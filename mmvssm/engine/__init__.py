@@ -1,0 +1,1 @@
+"""What the command-line tools share: config overrides and checks of the files a config names."""

@@ -1,0 +1,276 @@
+"""What the command-line tools do to a config before MMEngine's ``Runner`` takes it.
+
+Functions change the ``Config`` they are given. Those that decide something the user should know of
+return it as a sentence for the log, '' where there is nothing to say.
+"""
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.utils import apply_to, import_modules_from_strings
+
+AMP_DTYPES = dict(bf16='bfloat16', fp16='float16')
+
+
+class UsageError(Exception):
+    """A mistake in what the user gave; its one-line message says what came and what to give."""
+
+
+def is_main_rank():
+    """Whether this process speaks for the job; each launcher sets one of these variables."""
+    ranks = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+    return all(os.environ.get(rank, '0') == '0' for rank in ranks)
+
+
+@contextmanager
+def one_line_errors():
+    """Turn a :class:`UsageError` into one line on stderr, from the main rank only, and exit code 1.
+
+    Use as ``@one_line_errors()`` on a tool's ``main``. Other exceptions keep their traceback.
+    """
+    try:
+        yield
+    except UsageError as error:
+        raise SystemExit(f'error: {error}' if is_main_rank() else 1) from None
+
+
+class CfgOptions(DictAction):
+    """MMEngine's ``--cfg-options KEY=VALUE ...``, with a message for what has no ``=``."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                parser.error(f'{option_string} takes KEY=VALUE, got {value}')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def load_config(path, options=None, work_dir=None, launcher='none'):
+    """Read a config and apply the command line's overrides to it.
+
+    The config's ``custom_imports`` are left to :func:`import_modules`.
+
+    Args:
+        path (str): Config file.
+        options (dict, optional): ``--cfg-options``, see :func:`merge_options`.
+        work_dir (str, optional): Where logs and checkpoints go. Defaults to the ``work_dir`` of the
+            config, or ``work_dirs/`` and the config's name.
+        launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Returns:
+        Config: The config, ready for :func:`import_modules`.
+
+    Raises:
+        UsageError: The file or one it is based on is missing or is not valid Python.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f'config: no such file: {os.path.abspath(path)}')
+    try:
+        cfg = Config.fromfile(path, import_custom_modules=False)
+    except (OSError, SyntaxError, ModuleNotFoundError) as error:
+        raise UsageError(f'config: cannot read {path}: {one_line(error)}') from None
+    merge_options(cfg, options or {})
+    cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(path).stem)
+    cfg.launcher = launcher
+    return cfg
+
+
+def merge_options(cfg, options):
+    """Merge ``--cfg-options`` into a config.
+
+    MMEngine copies a config's variables into the places that use them while it reads the file, so
+    overriding a variable afterwards changes nothing else. Two variables are carried along here:
+    ``data_root`` (:func:`set_data_root`) and ``pretrained`` (:func:`set_pretrained`). Both are set
+    before the other options, which can thus still override a single place.
+
+    Args:
+        cfg (Config): The config to change.
+        options (dict): Dotted keys and their values.
+    """
+    options = dict(options)
+    if 'data_root' in options:
+        set_data_root(cfg, options.pop('data_root'))
+    if 'pretrained' in options:
+        set_pretrained(cfg, options.pop('pretrained'))
+    cfg.merge_from_dict(options)
+
+
+def set_data_root(cfg, data_root):
+    """Replace the top-level ``data_root`` in every string of the config that starts with it."""
+    old = cfg.get('data_root')
+    if not isinstance(old, str) or not old.strip('/'):
+        raise UsageError('data_root: this config has no top-level variable data_root; set the '
+                         'folder where it is used, e.g. train_dataloader.dataset.data_root=FOLDER')
+    if not isinstance(data_root, str) or not data_root:
+        raise UsageError(f'data_root must be a folder, got {data_root!r}')
+    old, new = old.rstrip('/'), data_root.rstrip('/')
+
+    def moved(value):
+        if isinstance(value, str) and (value == old or value.startswith(old + '/')):
+            return new + value[len(old):]
+        if isinstance(value, dict):
+            return {key: moved(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(moved(item) for item in value)
+        return value
+
+    for key in list(cfg):
+        cfg[key] = moved(cfg[key])
+
+
+def set_pretrained(cfg, pretrained):
+    """Let the backbone start from the checkpoint ``pretrained``, or from scratch if it is None."""
+    backbone = cfg.model.get('backbone')
+    if backbone is None:
+        raise UsageError(f'pretrained: the model {cfg.model.type} of this config has no backbone')
+    if pretrained is None:
+        backbone.init_cfg = None
+    elif isinstance(pretrained, str) and pretrained:
+        # Keep what else the config says of its checkpoint, such as the prefix of its keys.
+        init_cfg = backbone.get('init_cfg') or {}
+        kept = init_cfg if type_name(init_cfg) == 'Pretrained' else {}
+        backbone.init_cfg = dict(kept, type='Pretrained', checkpoint=pretrained)
+    else:
+        raise UsageError(f'pretrained must be a checkpoint file or None, got {pretrained!r}')
+    cfg.pretrained = pretrained
+
+
+def import_modules(cfg):
+    """Import the config's ``custom_imports`` and keep a broken MMPretrain out of its way.
+
+    MMDetection imports MMPretrain wherever it is installed (for re-identification), and MMPretrain
+    1.3 fails half-way beside transformers 5. Where it fails and the config does not use it, it is
+    made to look absent, which MMDetection is prepared for.
+
+    Returns:
+        str: What was left out and why.
+
+    Raises:
+        UsageError: MMPretrain is needed but broken, or a custom import fails.
+    """
+    note = ''
+    error = _mmpretrain_error()
+    if error:
+        version = importlib.metadata.version('transformers')
+        why = f'mmpretrain cannot be imported beside transformers {version} ({error})'
+        remedy = 'pip install "transformers<5", or pip uninstall transformers'
+        if cfg.get('default_scope') == 'mmpretrain' or 'mmpretrain.' in str(cfg.to_dict()):
+            raise UsageError(f'{why}, and this config needs it: {remedy}')
+        for name in [name for name in sys.modules if name.split('.')[0] == 'mmpretrain']:
+            del sys.modules[name]
+        sys.modules['mmpretrain'] = None
+        note = f'{why}; going on without it, as this config does not need it. To have it: {remedy}'
+    if cfg.get('custom_imports'):
+        try:
+            import_modules_from_strings(**cfg.custom_imports)
+        except ImportError as failure:
+            cause = one_line(failure.__context__ or failure)
+            raise UsageError(f'custom_imports: {failure} ({cause})') from None
+    return note
+
+
+def _mmpretrain_error():
+    """Why MMPretrain cannot be imported beside the transformers that are installed, or ''."""
+    if 'mmpretrain' in sys.modules and sys.modules['mmpretrain'] is None:
+        return ''
+    if not (importlib.util.find_spec('mmpretrain') and importlib.util.find_spec('transformers')):
+        return ''
+    try:
+        importlib.import_module('mmpretrain.models')
+    except Exception as error:
+        return one_line(error)
+    return ''
+
+
+def set_amp(cfg, dtype, training):
+    """Switch mixed precision on, with loss scaling for fp16 only.
+
+    Args:
+        cfg (Config): The config to change.
+        dtype (str): 'bf16' or 'fp16'.
+        training (bool): Whether the run trains; if not, the test loop gets the precision.
+
+    Returns:
+        str: What else had to change.
+
+    Raises:
+        UsageError: There is no CUDA device, it has no bf16, or the optimizer wrapper cannot do it.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError(f'--amp {dtype} needs a CUDA device and none was found; leave --amp out '
+                         'to run in fp32')
+    if dtype == 'bf16' and not torch.cuda.is_bf16_supported():
+        raise UsageError('--amp bf16: this CUDA device has no bfloat16; use --amp fp16')
+    if training:
+        wrapper = cfg.optim_wrapper
+        if type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
+            raise UsageError('--amp works with optim_wrapper.type OptimWrapper, got '
+                             f'{type_name(wrapper)}')
+        wrapper.type = 'AmpOptimWrapper'
+        wrapper.dtype = AMP_DTYPES[dtype]
+        # bf16 has the exponents of fp32: nothing underflows that a scale could save.
+        wrapper.loss_scale = 'dynamic' if dtype == 'fp16' else dict(enabled=False)
+    else:
+        # MMEngine's test loop autocasts to the default dtype of the device.
+        cfg.test_cfg.fp16 = True
+        torch.set_autocast_dtype('cuda', getattr(torch, AMP_DTYPES[dtype]))
+    changed = _use_torchvision_roi_align(cfg.model) if dtype == 'bf16' else 0
+    if not changed:
+        return ''
+    return (f'--amp bf16: use_torchvision=True set for {changed} RoIAlign layer(s), since the CUDA '
+            'RoIAlign of MMCV has no bfloat16 kernel')
+
+
+def _use_torchvision_roi_align(value):
+    """Set ``use_torchvision`` in every RoIAlign below ``value``; return how many changed."""
+    if isinstance(value, (list, tuple)):
+        return sum(_use_torchvision_roi_align(item) for item in value)
+    if not isinstance(value, dict):
+        return 0
+    changed = sum(_use_torchvision_roi_align(item) for item in value.values())
+    if type_name(value) == 'RoIAlign' and not value.get('use_torchvision'):
+        value['use_torchvision'] = True
+        changed += 1
+    return changed
+
+
+def keep_boxes_fp32(model):
+    """Let dense heads hand out fp32 under mixed precision.
+
+    MMDetection makes anchors in the dtype of the head's scores. Beyond pixel 1024 neighbouring bf16
+    numbers are 8 pixels apart, fp16 numbers 1: proposals would be shifted.
+
+    Args:
+        model (nn.Module): The model, changed in place; nothing happens without dense heads.
+    """
+    for module in model.modules():
+        if hasattr(module, 'prior_generator'):
+            module.register_forward_hook(_float_outputs)
+
+
+def _float_outputs(module, inputs, outputs):
+    return apply_to(outputs, torch.is_tensor, torch.Tensor.float)
+
+
+def as_list(value):
+    """A list of what a config gives as nothing, one item or several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def type_name(item):
+    """The name of the class that a config's dict builds, without its scope; '' if it names none."""
+    kind = item.get('type', '')
+    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
+
+
+def one_line(error):
+    """The class and text of an exception, without line breaks."""
+    text = ' '.join(str(error).split())
+    return f'{type(error).__name__}: {text}'[:300]

@@ -1,0 +1,219 @@
+"""Checks of the files a config names, made before anything is built.
+
+A mistake is reported by a :class:`~mmvssm.engine.config.UsageError` that says where the config
+names the file, which path was looked at and how to set it.
+"""
+import json
+import os
+from pickle import UnpicklingError
+
+import torch
+from mmengine.registry import DATASETS
+from mmengine.runner.checkpoint import find_latest_checkpoint, get_torch_safe_globals
+
+from .config import UsageError, as_list, one_line, type_name
+
+# Datasets of MMPretrain that fetch their files themselves.
+SELF_DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
+
+
+def check_data(cfg, splits):
+    """Check that the datasets and evaluators of some splits find their files.
+
+    Folders and annotation files must exist; a COCO annotation file must in addition be readable,
+    name images that are there and, for training, leave some after the dataset's filters. Files that
+    are read through a storage backend are not looked at.
+
+    Args:
+        cfg (Config): The config.
+        splits (Sequence[str]): Some of 'train', 'val' and 'test'.
+
+    Raises:
+        UsageError: Something is missing or empty.
+    """
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        if loader is None:
+            continue
+        for where, dataset in _datasets(loader.dataset, f'{split}_dataloader.dataset'):
+            _check_dataset(cfg, where, dataset)
+        for evaluator in as_list(cfg.get(f'{split}_evaluator')):
+            ann_file = evaluator.get('ann_file')
+            if ann_file and not _is_remote(ann_file, evaluator):
+                _require(cfg, f'{split}_evaluator', 'ann_file', ann_file)
+
+
+def check_pretrained(cfg):
+    """Check that the checkpoint which the backbone starts from can be read."""
+    init_cfg = (cfg.model.get('backbone') or {}).get('init_cfg') or {}
+    if isinstance(init_cfg, dict) and type_name(init_cfg) == 'Pretrained':
+        hint = ('set another with --cfg-options pretrained=FILE, or train from scratch with '
+                'pretrained=None')
+        check_checkpoint(init_cfg.checkpoint, 'pretrained checkpoint', hint)
+
+
+def check_resume(cfg):
+    """Check the checkpoint that training goes on from, if it is there already."""
+    path = cfg.get('load_from')
+    if path is None and cfg.get('resume'):
+        path = find_latest_checkpoint(cfg.work_dir)
+    if path is None:
+        return
+    checkpoint = check_checkpoint(path, 'checkpoint')
+    if cfg.get('resume') and checkpoint is not None and 'optimizer' not in checkpoint:
+        raise UsageError(f'--resume: {path} holds weights but no optimizer; start from them with '
+                         '--cfg-options load_from=FILE')
+
+
+def check_checkpoint(path, what, hint=''):
+    """Read a checkpoint as a test, with ``weights_only=True``.
+
+    Args:
+        path (str): The file. Addresses such as ``https://...`` are left to MMEngine.
+        what (str): What to call it in the message.
+        hint (str): How to give another.
+
+    Returns:
+        dict: The checkpoint, on the CPU; None for an address.
+
+    Raises:
+        UsageError: The file is missing, truncated or not a checkpoint.
+    """
+    if '://' in path:
+        return None
+    hint = f'; {hint}' if hint else ''
+    file = os.path.abspath(path)
+    if not os.path.isfile(file):
+        raise UsageError(f'{what} not found: {file}{hint}')
+    try:
+        with torch.serialization.safe_globals(get_torch_safe_globals()):
+            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise UsageError(f'{what} cannot be read: {file} ({one_line(error)}){hint}') from None
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f'{what} holds a {type(checkpoint).__name__}, not a dict of weights: '
+                         f'{file}{hint}')
+    return checkpoint
+
+
+def _datasets(dataset, where):
+    """The datasets below wrappers such as ``ConcatDataset``, each with its place in the config."""
+    if 'dataset' in dataset:
+        yield from _datasets(dataset.dataset, f'{where}.dataset')
+    elif 'datasets' in dataset:
+        for i, item in enumerate(dataset.datasets):
+            yield from _datasets(item, f'{where}.datasets.{i}')
+    else:
+        yield where, dataset
+
+
+def _check_dataset(cfg, where, dataset):
+    root = dataset.get('data_root') or ''
+    if _is_remote(root, dataset) or type_name(dataset) in SELF_DOWNLOADING:
+        return
+    if root:
+        _require(cfg, where, 'data_root', root)
+    ann_file = dataset.get('ann_file') or ''
+    if ann_file:
+        ann_file = os.path.join(root, ann_file)
+        _require(cfg, where, 'ann_file', ann_file)
+    prefixes = dataset.get('data_prefix') or {}
+    if isinstance(prefixes, str):
+        prefixes = {'': prefixes}
+    for key, prefix in prefixes.items():
+        if prefix:
+            _require(cfg, where, f'data_prefix.{key}'.rstrip('.'), os.path.join(root, prefix))
+    if ann_file.endswith('.json') and 'img' in prefixes:
+        scope = cfg.get('default_scope')
+        _check_coco(where, dataset, scope, ann_file, os.path.join(root, prefixes['img']))
+
+
+def _is_remote(path, owner):
+    return '://' in path or bool(owner.get('backend_args'))
+
+
+def _require(cfg, where, key, path):
+    """Raise unless ``path`` exists and, being a folder, is not empty."""
+    if os.path.isdir(path):
+        if next(os.scandir(path), None) is not None:
+            return
+        problem = 'empty folder'
+    elif os.path.exists(path):
+        return
+    else:
+        problem = 'no such file or folder'
+    variable = cfg.get('data_root')
+    # Where the config has this variable, it moves all the paths that start with it.
+    inside = variable and os.path.join(os.path.abspath(path), '').startswith(
+        os.path.join(os.path.abspath(variable), ''))
+    if inside:
+        hint = '--cfg-options data_root=FOLDER'
+    else:
+        hint = f'--cfg-options {where}.{key}=PATH'
+    raise UsageError(f'{where}.{key}: {problem}: {os.path.abspath(path)}; set it with {hint}')
+
+
+def _check_coco(where, dataset, scope, ann_file, folder):
+    path = os.path.abspath(ann_file)
+    try:
+        with open(ann_file, encoding='utf-8') as file:
+            coco = json.load(file)
+    except ValueError as error:
+        raise UsageError(f'{where}.ann_file: not valid JSON: {path} ({one_line(error)})') from None
+    if not isinstance(coco, dict) or not isinstance(coco.get('images'), list):
+        return  # a format of its own, for its dataset to judge
+    if not coco['images']:
+        raise UsageError(f'{where}.ann_file: names no images: {path}')
+
+    names = [image['file_name'] for image in coco['images'] if 'file_name' in image]
+    present = {}
+    for parent in {os.path.dirname(name) for name in names}:
+        in_folder = os.path.join(folder, parent)
+        present[parent] = set(os.listdir(in_folder)) if os.path.isdir(in_folder) else set()
+    missing = [name for name in names
+               if os.path.basename(name) not in present[os.path.dirname(name)]]
+    if missing:
+        raise UsageError(f'{where}.ann_file: {len(missing)} of the {len(names)} images that {path} '
+                         f'names are not in {os.path.abspath(folder)}: {", ".join(missing[:3])}'
+                         f'{", ..." if len(missing) > 3 else ""}')
+    named = [category['name'] for category in coco.get('categories', [])]
+    classes = _classes(dataset, scope) or named
+    absent = [name for name in classes if name not in named]
+    if absent:
+        # CocoDataset would number the remaining classes anew, and their labels would be wrong.
+        raise UsageError(f'{where}.metainfo.classes: {len(absent)} of the {len(classes)} classes '
+                         f'are no categories of {path}: {_few(absent)}; it has {_few(named)}')
+    if not dataset.get('test_mode'):
+        wanted = {item['id'] for item in coco.get('categories', []) if item['name'] in classes}
+        _check_coco_training(where, dataset.get('filter_cfg') or {}, wanted, coco, path)
+
+
+def _check_coco_training(where, filters, wanted, coco, path):
+    """Raise unless the filters of ``CocoDataset`` leave some images with the wanted categories."""
+    annotated = {item['image_id'] for item in coco.get('annotations', [])
+                 if item.get('category_id') in wanted or 'segments_info' in item}
+    if annotated.isdisjoint(image['id'] for image in coco['images']):
+        raise UsageError(f'{where}.ann_file: no image has annotations of the classes to train on: '
+                         f'{path}')
+    min_size = filters.get('min_size', 0)
+    images = [image for image in coco['images']
+              if image['id'] in annotated or not filters.get('filter_empty_gt')]
+    if min_size and all(min(image['width'], image['height']) < min_size for image in images):
+        raise UsageError(f'{where}.filter_cfg.min_size={min_size}: all {len(images)} annotated '
+                         f'images of {path} are smaller')
+
+
+def _classes(dataset, scope):
+    """The classes that the dataset keeps, or None if it keeps all or reads them from a file."""
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    if classes is None:
+        kind = dataset.type
+        if isinstance(kind, str):
+            with DATASETS.switch_scope_and_registry(scope) as datasets:
+                kind = datasets.get(kind)
+        classes = getattr(kind, 'METAINFO', {}).get('classes')
+    return None if isinstance(classes, str) else classes
+
+
+def _few(names, most=5):
+    return ', '.join(map(str, names[:most])) + (', ...' if len(names) > most else '')

@@ -1,0 +1,75 @@
+"""Train the model of a config: detection, segmentation or classification."""
+import argparse
+
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmvssm.engine.config import (
+    AMP_DTYPES,
+    CfgOptions,
+    UsageError,
+    import_modules,
+    is_main_rank,
+    keep_boxes_fp32,
+    load_config,
+    one_line_errors,
+    set_amp,
+)
+from mmvssm.engine.data_check import check_data, check_pretrained, check_resume
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints (default: '
+                        'work_dirs/ and the name of the config)')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='go on from this checkpoint, or from the latest in the work dir')
+    parser.add_argument('--amp', choices=tuple(AMP_DTYPES), help='mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the batch size')
+    parser.add_argument('--seed', type=int, help='seed of all random numbers')
+    parser.add_argument('--deterministic', action='store_true',
+                        help='use deterministic algorithms, so that equal seeds give equal runs')
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE',
+                        help='override the config, e.g. data_root=/path/to/coco/ pretrained=FILE '
+                        'train_cfg.max_epochs=1')
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
+                        help='what started the processes of a distributed run')
+    return parser.parse_args(argv)
+
+
+@one_line_errors()
+def main(argv=None):
+    args = parse_args(argv)
+    cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    notes = [import_modules(cfg)]
+    if args.amp:
+        notes.append(set_amp(cfg, args.amp, training=True))
+    if args.auto_scale_lr:
+        if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+            raise UsageError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
+        cfg.auto_scale_lr.enable = True
+    if args.seed is not None or args.deterministic:
+        cfg.randomness = dict(cfg.get('randomness', {}), deterministic=args.deterministic)
+        if args.seed is not None:
+            cfg.randomness.seed = args.seed
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+
+    if is_main_rank():
+        check_data(cfg, ('train', 'val'))
+        check_pretrained(cfg)
+        check_resume(cfg)
+
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    for note in filter(None, notes):
+        runner.logger.info(note)
+    if args.amp:
+        keep_boxes_fp32(runner.model)
+    runner.train()
+
+
+if __name__ == '__main__':
+    main()
