@@ -14,6 +14,8 @@ def without_autocast(fn):
 
     @functools.wraps(fn)
     def wrapped(x, *args):
+        if not torch.is_autocast_enabled(x.device.type):
+            return fn(x, *args)
         with torch.autocast(x.device.type, enabled=False):
             return fn(x, *args)
 

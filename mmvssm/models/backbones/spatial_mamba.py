@@ -12,7 +12,7 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmvssm.kernels import depthwise_conv, selective_scan, state_fusion
+from mmvssm.kernels import selective_scan, state_fusion
 
 from ..layers.backbone import VisionSSM
 from ..layers.depthwise import DepthwiseConv

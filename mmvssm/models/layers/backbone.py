@@ -173,12 +173,7 @@ class VisionSSM(BaseModule):
     def forward(self, x):
         """Image (B, in_channels, H, W) to a tuple of maps (B, C_i, H_i, W_i), one for each of ``out_indices``,
         at 1/4, 1/8, 1/16, 1/32 of the sides, rounded up. The maps are channels-last in memory."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'{type(self).__name__}: input has shape {tuple(x.shape)}, expected '
-                             f'(B, {self.in_channels}, H, W); in_channels={self.in_channels}')
-        if not x.is_floating_point():
-            raise TypeError(f'{type(self).__name__}: input has dtype {x.dtype}, expected floating point '
-                            '(normalise images first)')
+        self._check_input(x)
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         outputs = []
         for i, layer in enumerate(self.layers):
@@ -192,3 +187,18 @@ class VisionSSM(BaseModule):
                 outputs.append(getattr(self, f'outnorm{i}')(x).permute(0, 3, 1, 2))
             x = layer.downsample(x.permute(0, 3, 1, 2))
         return tuple(outputs)
+
+    def _check_input(self, x):
+        name, weight = type(self).__name__, next(self.parameters())
+        if x.dim() != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
+            raise ValueError(f'{name}: input has shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) '
+                             f'with H and W at least 1; in_channels={self.in_channels}')
+        if not x.is_floating_point():
+            raise TypeError(f'{name}: input has dtype {x.dtype}, expected floating point (normalise images '
+                            'first)')
+        if x.device != weight.device:
+            raise ValueError(f'{name}: input is on {x.device}, the weights are on {weight.device}; move one of '
+                             'them')
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f'{name}: input has dtype {x.dtype}, the weights {weight.dtype}; convert one of '
+                            'them or use torch.autocast')

@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all the set-up on a fresh machine; see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h') setup.py
+
+DEMO := mask_rcnn_spatialmamba_nano_digits
+DEMO_SEED ?= 0
+SUFFIX := $(if $(filter 0,$(DEMO_SEED)),,_$(DEMO_SEED))
+DEMO_DATA := data/digits$(SUFFIX)
+DEMO_DIR := work_dirs/$(DEMO)$(SUFFIX)
+
+.PHONY: env test demo benchmark clean
+
+env: $(VENV)/.installed
+
+# MMCV is a source release: about 10 minutes on 2 free cores the first time; pip keeps the wheel.
+$(VENV)/.dependencies: constraints.txt pyproject.toml
+	@$(PYTHON) -c "import sys; ok = sys.version_info[:2] in ((3, 11), (3, 12)); \
+	sys.exit(0 if ok else 'Python 3.11 or 3.12 is needed, $(PYTHON) is ' + sys.version.split()[0] + '; make PYTHON=python3.11 ...')"
+	@command -v c++ >/dev/null || { echo 'a C++ compiler is needed to build MMCV: install g++'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel ninja
+	$(PIP) torch torchvision triton
+	@echo 'Building MMCV unless pip has it from before: 10 minutes or more.'
+	$(PIP) --no-build-isolation onedl-mmcv
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[onedl,demo,test]'
+	touch $@
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+# Interrupted, it goes on where it stopped; `make clean` starts over.
+demo: env
+	$(BIN)/python tools/data/make_digits.py --out $(DEMO_DATA) --seed $(DEMO_SEED)
+	$(BIN)/python tools/train.py configs/$(DEMO).py --seed 0 --resume --work-dir $(DEMO_DIR) \
+		--cfg-options data_root=$(DEMO_DATA)/
+	$(BIN)/python tools/test.py configs/$(DEMO).py "$$(cat $(DEMO_DIR)/last_checkpoint)" \
+		--work-dir $(DEMO_DIR)/evaluation --show-dir pictures --cfg-options data_root=$(DEMO_DATA)/
+	$(BIN)/python tools/analysis/montage.py $(DEMO_DIR)/evaluation $(DEMO_DIR)/demo.jpg
+
+benchmark: env
+	$(BIN)/python tools/benchmarks/cpu.py
+
+clean:
+	rm -rf build work_dirs *.egg-info kernels/_C.so
