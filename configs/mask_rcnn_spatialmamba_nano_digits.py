@@ -35,7 +35,7 @@ model = dict(
         rpn=dict(nms_pre=500, max_per_img=100),
         rcnn=dict(max_per_img=30)))
 
-iterations = 700
+iterations = 1000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -50,5 +50,5 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=25),
-    checkpoint=dict(by_epoch=False, interval=iterations))
+    checkpoint=dict(by_epoch=False, interval=200))
 log_processor = dict(by_epoch=False)

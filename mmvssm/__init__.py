@@ -1,2 +1,4 @@
 """Vision state-space backbones for OpenMMLab. Importing this package registers them."""
-from .models import backbones  # noqa: F401
+__version__ = '0.1.0'
+
+from .models import backbones  # noqa: E402, F401

@@ -1,0 +1,78 @@
+"""Cases of the depthwise convolution that every backend must get right: shapes, inputs, tolerances."""
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from .._core.cases import generator, lay_out
+from .interface import depthwise_conv
+from .reference import depthwise_conv_reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and options of one call; see :func:`mmvssm.kernels.depthwise_conv`.
+
+    Args:
+        layout: of every tensor with more than one dimension; see :func:`lay_out`.
+        half_params: parameters in the precision of ``x``. They stay in float32 otherwise, as under autocast.
+    """
+    name: str
+    batch: int = 2
+    height: int = 7
+    width: int = 7
+    dim: int = 16
+    bias: bool = True
+    residual: bool = False
+    activation: Optional[str] = None
+    layout: str = 'contiguous'
+    half_params: bool = False
+
+
+CASES = {case.name: case for case in (
+    Case('1x1', height=1, width=1),
+    Case('1x7', height=1, width=7, dim=5, activation='silu'),
+    Case('7x1', height=7, width=1, residual=True),
+    Case('2x3', height=2, width=3, dim=40, residual=True),
+    Case('7x7'),
+    Case('13x9', height=13, width=9, dim=20, activation='silu'),
+    Case('18x4', batch=1, height=18, width=4, dim=5, residual=True),  # three blocks of rows in backward
+    Case('dim_1', height=6, width=5, dim=1, activation='silu'),
+    Case('no_bias', bias=False),
+    Case('no_bias-silu', bias=False, activation='silu'),
+    Case('silu-residual', activation='silu', residual=True, dim=20),
+    Case('no_batch', batch=0, activation='silu'),
+    Case('half', layout='half', activation='silu', dim=20),
+    Case('channels_first', layout='channels_first', residual=True, height=4),
+    Case('expanded', layout='expanded', dim=5, activation='silu', residual=True),
+    Case('half_params', half_params=True, residual=True),
+)}
+
+#: Relative error of the output and of each gradient that a backend may have against the float64 reference.
+TOLERANCES = {}
+
+
+def inputs(case, dtype, device='cpu', seed=0):
+    """Fresh arguments of ``case`` by name, in the schema's order; None where it has no such argument."""
+    g = generator(case.name, seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    x = normal(case.batch, case.height, case.width, case.dim).to(device, dtype)
+    wide = dtype if case.half_params else torch.promote_types(dtype, torch.float32)
+    weight = normal(case.dim, 1, 3, 3).to(device, wide)
+    bias = normal(case.dim).to(device, wide) if case.bias else None
+    if case.layout != 'expanded':
+        weight = lay_out(weight, case.layout)
+    return dict(x=lay_out(x, case.layout), weight=weight, bias=bias)
+
+
+def operator(case, tensors):
+    """The public function."""
+    return depthwise_conv(**tensors, residual=case.residual, activation=case.activation)
+
+
+def reference(case, tensors):
+    """What it should return."""
+    return depthwise_conv_reference(**tensors, residual=case.residual, silu=case.activation == 'silu')
