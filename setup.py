@@ -45,7 +45,7 @@ def extension():
                       'MMVSSM_BUILD_EXT=1 makes this an error.', file=sys.stderr)
                 self.extensions.clear()
 
-    rooms = ('selective_scan', 'state_fusion', 'depthwise_conv')
+    rooms = ('depthwise_conv', 'norm_gate', 'selective_scan', 'state_fusion')
     core = ('dispatch', 'isa_baseline', 'isa_avx2', 'isa_avx512')
     sources = [f'kernels/_core/csrc/{name}.cpp' for name in core]
     sources += [f'kernels/{room}/csrc/cpu/op.cpp' for room in rooms]

@@ -5,7 +5,9 @@ import torch
 def vjp(fn, args, grad):
     """Gradients of ``fn(*args)`` for the cotangent ``grad``: a tensor for every floating-point tensor of
     ``args``, None for the others."""
-    with torch.enable_grad():
+    # A dispatch mode (FLOP counter, selective checkpointing) runs operators below autograd: switch it on again.
+    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with recording, torch.enable_grad():
         leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
                   for a in args]
         wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]

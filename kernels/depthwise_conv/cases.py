@@ -30,6 +30,8 @@ class Case:
 
 
 CASES = {case.name: case for case in (
+    Case('tiny', height=2, width=3, dim=2, residual=True),
+    Case('tiny-silu', height=3, width=2, dim=2, bias=False, activation='silu'),
     Case('1x1', height=1, width=1),
     Case('1x7', height=1, width=7, dim=5, activation='silu'),
     Case('7x1', height=7, width=1, residual=True),
@@ -48,8 +50,12 @@ CASES = {case.name: case for case in (
     Case('half_params', half_params=True, residual=True),
 )}
 
-#: Relative error of the output and of each gradient that a backend may have against the float64 reference.
-TOLERANCES = {}
+#: Relative error that a backend may have against the float64 reference, by the dtype of the tensor compared:
+#: internals are float32, so an output or gradient in half precision may cost one rounding and no more.
+TOLERANCES = {
+    dtype: {**dict.fromkeys(('output', 'x'), elements), **dict.fromkeys(('weight', 'bias'), sums)}
+    for dtype, elements, sums in ((torch.float64, 1e-14, 5e-14), (torch.float32, 2e-6, 5e-6),
+                                  (torch.bfloat16, 4e-3, 4e-3), (torch.float16, 5e-4, 5e-4))}
 
 
 def inputs(case, dtype, device='cpu', seed=0):

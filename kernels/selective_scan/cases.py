@@ -37,6 +37,9 @@ class Case:
 
 
 CASES = {case.name: case for case in (
+    Case('tiny', length=5, dim=3, rank=2, d_state=2, directions=2, output='skip', order=2),
+    Case('tiny-y', batch=1, length=4, dim=2, rank=1, d_state=2, directions=2, output='y'),
+    Case('tiny-states', length=4, dim=2, rank=1, d_state=2, directions=1, order=3),
     # Chunks have 64 tokens, blocks of lanes 16 channels.
     Case('length_1', length=1),
     Case('length_1-skip', length=1, output='skip', directions=2, order=2),
@@ -75,8 +78,13 @@ CASES = {case.name: case for case in (
     Case('half_params', half_params=True, output='skip', directions=2, d_state=3),
 )}
 
-#: Relative error of the output and of each gradient that a backend may have against the float64 reference.
-TOLERANCES = {}
+#: Relative error that a backend may have against the float64 reference, by the dtype of the tensor compared:
+#: internals are float32, so an output or gradient in half precision may cost one rounding and no more.
+TOLERANCES = {
+    dtype: {**dict.fromkeys(('output', 'x', 'dt', 'B', 'C'), elements),
+            **dict.fromkeys(('A', 'dt_weight', 'dt_bias', 'D'), sums)}
+    for dtype, elements, sums in ((torch.float64, 1e-14, 5e-14), (torch.float32, 2e-6, 5e-6),
+                                  (torch.bfloat16, 4e-3, 4e-3), (torch.float16, 5e-4, 5e-4))}
 
 
 def inputs(case, dtype, device='cpu', seed=0):

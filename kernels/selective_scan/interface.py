@@ -49,31 +49,36 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
         raise ValueError(f'{op}: dt has shape {tuple(dt.shape)}, expected (batch, L, R) or (batch, L, K, R)')
     if D is not None and C is None:
         raise ValueError(f'{op}: D is given without C; the skip belongs to the output, not to the states')
-    if dt.dim() == 3:
+    if B.dim() != dt.dim():
+        raise ValueError(f'{op}: B has shape {tuple(B.shape)}, expected (batch, L, N) or (batch, L, K, N) as dt '
+                         f'{tuple(dt.shape)}')
+    batch, length, dim = x.shape
+    rank, d_state, K = dt.shape[-1], B.shape[-1], dt.shape[2:-1]
+    if not 1 <= d_state <= 256:
+        raise ValueError(f'{op}: B has {d_state} states, expected 1 to 256')
+    if 0 in K:
+        raise ValueError(f'{op}: dt has no direction, its shape is {tuple(dt.shape)}')
+    check_shape(op, 'dt', dt, (batch, length, *K, rank), '(batch, L, [K,] R)')
+    check_shape(op, 'B', B, (batch, length, *K, d_state), '(batch, L, [K,] N)')
+    check_shape(op, 'A', A, (*K, dim, d_state), '([K,] D, N)')
+    check_shape(op, 'dt_weight', dt_weight, (*K, dim, rank), '([K,] D, R)')
+    check_shape(op, 'dt_bias', dt_bias, (*K, dim), '([K,] D)')
+    if C is not None:
+        check_shape(op, 'C', C, (batch, length, *K, d_state), '(batch, L, [K,] N)')
+    elif K and K[0] > 1:
+        raise ValueError(f'{op}: {K[0]} directions need C; states of several directions have no sum')
+    if D is not None:
+        check_shape(op, 'D', D, (*K, dim), '([K,] D)')
+    if not K:
         dt, B, A = dt.unsqueeze(2), B.unsqueeze(2), A.unsqueeze(0)
         C = None if C is None else C.unsqueeze(2)
         dt_weight, dt_bias = dt_weight.unsqueeze(0), dt_bias.unsqueeze(0)
         D = None if D is None else D.unsqueeze(0)
-    batch, length, dim = x.shape
-    directions, rank, d_state = dt.shape[2], dt.shape[3], B.shape[-1]
-    if not 1 <= d_state <= 256:
-        raise ValueError(f'{op}: B has {d_state} states, expected 1 to 256')
-    check_shape(op, 'dt', dt, (batch, length, directions, rank), '(batch, L, [K,] R)')
-    check_shape(op, 'B', B, (batch, length, directions, d_state), '(batch, L, [K,] N)')
-    check_shape(op, 'A', A, (directions, dim, d_state), '([K,] D, N)')
-    check_shape(op, 'dt_weight', dt_weight, (directions, dim, rank), '([K,] D, R)')
-    check_shape(op, 'dt_bias', dt_bias, (directions, dim), '([K,] D)')
-    if C is not None:
-        check_shape(op, 'C', C, (batch, length, directions, d_state), '(batch, L, [K,] N)')
-    elif directions > 1:
-        raise ValueError(f'{op}: {directions} directions need C; states of several directions have no sum')
-    if D is not None:
-        check_shape(op, 'D', D, (directions, dim), '([K,] D)')
     if order is not None:
         if order.is_floating_point() or order.is_complex() or order.dtype == torch.bool:
             raise TypeError(f'{op}: order has dtype {order.dtype}, expected integers')
-        full = (batch, directions, length)
-        if order.dim() > 3 or tuple(order.shape) != full[3 - order.dim():]:
+        full = (batch, dt.shape[2], length)
+        if order.dim() not in (1, 2, 3) or tuple(order.shape) != full[3 - order.dim():]:
             raise ValueError(f'{op}: order has shape {tuple(order.shape)}, expected (L,), (K, L) or '
                              f'(batch, K, L) with (batch, K, L) = {full}')
         if order.device != x.device:

@@ -1,6 +1,7 @@
 // The kernels of every operator, one table per instruction set, and the one that this machine runs.
 #pragma once
 #include "../../depthwise_conv/csrc/cpu/args.h"
+#include "../../norm_gate/csrc/cpu/args.h"
 #include "../../selective_scan/csrc/cpu/args.h"
 #include "../../state_fusion/csrc/cpu/args.h"
 
@@ -11,6 +12,7 @@ struct Tables {
   ScanTable<T> scan;
   FusionTable<T> fusion;
   ConvTable<T> conv;
+  NormGateTable<T> norm_gate;
 };
 
 struct Kernels {
@@ -20,18 +22,6 @@ struct Kernels {
 
   template <typename T>
   const Tables<T>& of() const;
-  template <typename T>
-  const ScanTable<T>& scan() const {
-    return of<T>().scan;
-  }
-  template <typename T>
-  const FusionTable<T>& fusion() const {
-    return of<T>().fusion;
-  }
-  template <typename T>
-  const ConvTable<T>& conv() const {
-    return of<T>().conv;
-  }
 };
 template <>
 inline const Tables<float>& Kernels::of<float>() const {

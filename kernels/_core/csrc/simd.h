@@ -41,6 +41,30 @@ inline vec<T> splat(T value) {
   return vec<T>{} + value;
 }
 
+// A whole vector, known at compile time; where a block of channels is shorter, kernels are instantiated with an
+// int in its place.
+template <typename T>
+struct Full {
+  constexpr operator int() const { return simd<T>::lanes; }
+};
+
+// body(first channel, how many) for each block of lanes.
+template <typename T, typename F>
+inline void each_block(int64_t dim, F body) {
+  int64_t lane = 0;
+  for (; lane + simd<T>::lanes <= dim; lane += simd<T>::lanes) body(lane, Full<T>{});
+  if (lane < dim) body(lane, static_cast<int>(dim - lane));
+}
+
+// The same for the block that starts at `lane`.
+template <typename T, typename F>
+inline void one_block(int64_t dim, int64_t lane, F body) {
+  if (dim - lane >= simd<T>::lanes)
+    body(Full<T>{});
+  else
+    body(static_cast<int>(dim - lane));
+}
+
 // The first `count` of `lanes` elements; lanes past the end read as zero and are never written.
 template <typename T>
 inline vec<T> load(const T* p, int count = simd<T>::lanes) {

@@ -12,7 +12,7 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmvssm.kernels import selective_scan, state_fusion
+from mmvssm.kernels import norm_gate, selective_scan, state_fusion
 
 from ..layers.backbone import VisionSSM
 from ..layers.depthwise import DepthwiseConv
@@ -32,7 +32,7 @@ class ConvBN(nn.Sequential):
         if norm:
             self.add_module('norm', nn.BatchNorm2d(out_channels))
         if relu:
-            self.add_module('act', nn.ReLU())
+            self.add_module('act', nn.ReLU(inplace=True))
 
 
 class Stem(nn.Module):
@@ -118,7 +118,8 @@ class StructureAwareSSM(nn.Module):
         h = selective_scan(x.flatten(1, 2), dt.flatten(1, 2), -self.A_logs.float().exp(), B.flatten(1, 2),
                            dt_weight=self.dt_projs_weight, dt_bias=self.dt_projs_bias)
         y = self.state_fusion(h.unflatten(1, (height, width)), C, x, self.Ds)
-        return self.out_proj(self.out_norm(y) * F.silu(z))
+        norm = self.out_norm
+        return self.out_proj(norm_gate(y, z, norm.weight, norm.bias, norm.eps))
 
 
 class Block(nn.Module):

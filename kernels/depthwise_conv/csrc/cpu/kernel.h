@@ -7,7 +7,6 @@ namespace MMVSSM_ISA {
 
 template <typename T>
 struct Window {
-  static constexpr int V = simd<T>::lanes;
   const T* row[3];
   bool inside[3];
   int64_t stride, width;
@@ -18,7 +17,8 @@ struct Window {
       row[i] = a.x + b * a.x_b + (inside[i] ? y + i - 1 : y) * a.x_y + lane;
     }
   }
-  vec<T> at(int i, int64_t column, int count) const {
+  template <typename Count>
+  vec<T> at(int i, int64_t column, Count count) const {
     const int64_t c = column < 0 ? 0 : column < width ? column : width - 1;
     return load(row[i] + c * stride, count);
   }
@@ -26,9 +26,7 @@ struct Window {
 
 template <typename T>
 void conv_forward(const ConvArgs<T>& a, int64_t b, int64_t y) {
-  constexpr int V = simd<T>::lanes;
-  for (int64_t lane = 0; lane < a.dim; lane += V) {
-    const int count = a.dim - lane < V ? a.dim - lane : V;
+  each_block<T>(a.dim, [&](int64_t lane, auto count) {
     const Window<T> window(a, b, y, lane);
     vec<T> w[9];
     for (int i = 0; i < 9; ++i)
@@ -51,17 +49,15 @@ void conv_forward(const ConvArgs<T>& a, int64_t b, int64_t y) {
       if (a.residual) sum += load(a.residual + out, count);
       store(a.y + out, sum, count);
     }
-  }
+  });
 }
 
 template <typename T>
 void conv_grad_weight(const ConvArgs<T>& a, int64_t b, int64_t block) {
-  constexpr int V = simd<T>::lanes;
   const int64_t begin = block * kConvRowBlock;
   const int64_t end = begin + kConvRowBlock < a.height ? begin + kConvRowBlock : a.height;
   const int64_t blocks = (a.height + kConvRowBlock - 1) / kConvRowBlock;
-  for (int64_t lane = 0; lane < a.dim; lane += V) {
-    const int count = a.dim - lane < V ? a.dim - lane : V;
+  each_block<T>(a.dim, [&](int64_t lane, auto count) {
     vec<T> grad[10] = {};
     for (int64_t y = begin; y < end; ++y) {
       const Window<T> window(a, b, y, lane);
@@ -82,7 +78,7 @@ void conv_grad_weight(const ConvArgs<T>& a, int64_t b, int64_t block) {
     }
     for (int i = 0; i < 10; ++i)
       store(a.grad_weight + ((b * blocks + block) * 10 + i) * a.dim + lane, grad[i], count);
-  }
+  });
 }
 
 template <typename T>

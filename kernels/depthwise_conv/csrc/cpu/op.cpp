@@ -24,7 +24,7 @@ ConvArgs<T> arguments(const Tensor& x) {
 
 template <typename T>
 void rows(const ConvArgs<T>& a) {
-  const auto& table = kernels().conv<T>();
+  const auto& table = kernels().of<T>().conv;
   at::parallel_for(0, a.batch * a.height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) table.forward(a, i / a.height, i % a.height);
   });
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(const Tensor& grad, c
       auto sums = arguments<scalar_t>(x);
       sums.grad_y = grad_conv.const_data_ptr<scalar_t>();
       sums.grad_weight = partial.mutable_data_ptr<scalar_t>();
-      const auto& table = kernels().conv<scalar_t>();
+      const auto& table = kernels().of<scalar_t>().conv;
       at::parallel_for(0, sums.batch * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) table.grad_weight(sums, i / blocks, i % blocks);
       });

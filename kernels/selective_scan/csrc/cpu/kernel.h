@@ -6,17 +6,17 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-template <typename T>
+// `Count` is Full<T>, or int for the last, shorter block.
+template <typename T, typename Count>
 struct Lane {
   const ScanArgs<T>& a;
   const int64_t b, k, c, lane;
-  const int count;  // channels of this block that exist
+  const Count count;  // channels of this block that exist
   const int64_t begin, end;
   const T *weight, *bias, *A;
 
-  Lane(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane)
-      : a(a), b(b), k(k), c(c), lane(lane),
-        count(a.dim - lane < simd<T>::lanes ? a.dim - lane : simd<T>::lanes),
+  Lane(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, Count count)
+      : a(a), b(b), k(k), c(c), lane(lane), count(count),
         begin(c * a.chunk), end(begin + a.chunk < a.length ? begin + a.chunk : a.length),
         weight(a.dt_weight + k * a.rank * a.dim + lane), bias(a.dt_bias + k * a.dim + lane),
         A(a.A + k * a.d_state * a.dim + lane) {}
@@ -41,9 +41,10 @@ struct Lane {
 };
 
 // States are template parameters where it matters: with one state it stays in a register.
-template <typename T, int kStates>
-void scan_forward(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, bool keep_end) {
-  const Lane<T> w(a, b, k, c, lane);
+template <typename T, int kStates, typename Count>
+void scan_forward(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, Count count,
+                  bool keep_end) {
+  const Lane<T, Count> w(a, b, k, c, lane, count);
   const int64_t N = kStates ? kStates : a.d_state;
   vec<T> h[kStates ? kStates : 256];
   for (int64_t n = 0; n < N; ++n) h[n] = load(w.state(c) + n * a.dim, w.count);
@@ -69,9 +70,10 @@ void scan_forward(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t
     for (int64_t n = 0; n < N; ++n) store(w.state(c + 1) + n * a.dim, h[n], w.count);
 }
 
-template <typename T>
-void scan_summary(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, T* end, T* decay) {
-  const Lane<T> w(a, b, k, c, lane);
+template <typename T, typename Count>
+void scan_summary(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, Count count, T* end,
+                  T* decay) {
+  const Lane<T, Count> w(a, b, k, c, lane, count);
   vec<T> h[256] = {}, elapsed{};
   for (int64_t t = w.begin; t < w.end; ++t) {
     const int64_t token = w.token(t);
@@ -86,11 +88,11 @@ void scan_summary(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t
   }
 }
 
-template <typename T, int kStates>
-void scan_backward(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, T* carry,
+template <typename T, int kStates, typename Count>
+void scan_backward(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, Count count, T* carry,
                    T* scratch) {
   constexpr int V = simd<T>::lanes;
-  const Lane<T> w(a, b, k, c, lane);
+  const Lane<T, Count> w(a, b, k, c, lane, count);
   const int64_t N = kStates ? kStates : a.d_state, steps = w.end - w.begin;
   T *deltas = scratch, *slopes = deltas + a.chunk * V, *before = slopes + a.chunk * V,
     *decays = before + a.chunk * N * V;
@@ -154,10 +156,11 @@ void scan_backward(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_
   if (a.D) store(a.grad_D + part, grad_D, w.count);
 }
 
-template <typename T>
-void scan_carry(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, T* carry, T* decay) {
+template <typename T, typename Count>
+void scan_carry(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, Count count, T* carry,
+                T* decay) {
   constexpr int V = simd<T>::lanes;
-  const Lane<T> w(a, b, k, c, lane);
+  const Lane<T, Count> w(a, b, k, c, lane, count);
   const int64_t N = a.d_state;
   vec<T> g[256] = {}, elapsed{};
   for (int64_t t = w.end - 1; t >= w.begin; --t) {
@@ -177,18 +180,30 @@ void scan_carry(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t l
 }
 
 template <typename T>
-void scan_forward_any(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, bool keep_end) {
-  (a.d_state == 1 ? scan_forward<T, 1> : scan_forward<T, 0>)(a, b, k, c, lane, keep_end);
-}
-template <typename T>
-void scan_backward_any(const ScanArgs<T>& a, int64_t b, int64_t k, int64_t c, int64_t lane, T* carry,
-                       T* scratch) {
-  (a.d_state == 1 ? scan_backward<T, 1> : scan_backward<T, 0>)(a, b, k, c, lane, carry, scratch);
-}
-
-template <typename T>
 constexpr ScanTable<T> scan_table() {
-  return {scan_forward_any<T>, scan_summary<T>, scan_backward_any<T>, scan_carry<T>};
+  using Args = ScanArgs<T>;
+  return {[](const Args& a, int64_t b, int64_t k, int64_t c, int64_t lane, bool keep_end) {
+            one_block<T>(a.dim, lane, [&](auto count) {
+              if (a.d_state == 1)
+                scan_forward<T, 1>(a, b, k, c, lane, count, keep_end);
+              else
+                scan_forward<T, 0>(a, b, k, c, lane, count, keep_end);
+            });
+          },
+          [](const Args& a, int64_t b, int64_t k, int64_t c, int64_t lane, T* end, T* decay) {
+            one_block<T>(a.dim, lane, [&](auto count) { scan_summary<T>(a, b, k, c, lane, count, end, decay); });
+          },
+          [](const Args& a, int64_t b, int64_t k, int64_t c, int64_t lane, T* carry, T* scratch) {
+            one_block<T>(a.dim, lane, [&](auto count) {
+              if (a.d_state == 1)
+                scan_backward<T, 1>(a, b, k, c, lane, count, carry, scratch);
+              else
+                scan_backward<T, 0>(a, b, k, c, lane, count, carry, scratch);
+            });
+          },
+          [](const Args& a, int64_t b, int64_t k, int64_t c, int64_t lane, T* carry, T* decay) {
+            one_block<T>(a.dim, lane, [&](auto count) { scan_carry<T>(a, b, k, c, lane, count, carry, decay); });
+          }};
 }
 
 }  // namespace MMVSSM_ISA

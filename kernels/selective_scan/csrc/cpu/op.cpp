@@ -88,7 +88,7 @@ struct ScanCall {
 template <typename T>
 void forward(ScanCall<T>& call) {
   const auto& a = call.a;
-  const auto& table = kernels().scan<T>();
+  const auto& table = kernels().of<T>().scan;
   const int64_t V = call.lanes(), state = a.d_state * a.dim;
   for (int64_t k = 0; k < a.directions; ++k) {
     if (!call.split_length()) {
@@ -122,7 +122,7 @@ void forward(ScanCall<T>& call) {
 template <typename T>
 void backward(ScanCall<T>& call) {
   const auto& a = call.a;
-  const auto& table = kernels().scan<T>();
+  const auto& table = kernels().of<T>().scan;
   const int64_t V = call.lanes(), carry_size = a.d_state * V;
   for (int64_t k = 0; k < a.directions; ++k) {
     if (!call.split_length()) {

@@ -46,7 +46,7 @@ Tensor state_fusion(const Tensor& h, const Tensor& C, const Tensor& x, const Ten
     FusionCall<scalar_t> call(h, C, x, D, kernels_, alpha);
     call.a.y = y.mutable_data_ptr<scalar_t>();
     const auto& a = call.a;
-    const auto& table = kernels().fusion<scalar_t>();
+    const auto& table = kernels().of<scalar_t>().fusion;
     at::parallel_for(0, a.batch * a.height, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) table.forward(a, i / a.height, i % a.height);
     });
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> state_fusion_backward
       a.grad_x = grad_x.mutable_data_ptr<scalar_t>();
       a.grad_taps = grad_taps.mutable_data_ptr<scalar_t>();
       a.grad_D = grad_D.mutable_data_ptr<scalar_t>();
-      const auto& table = kernels().fusion<scalar_t>();
+      const auto& table = kernels().of<scalar_t>().fusion;
       at::parallel_for(0, batch * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) table.backward(a, i / blocks, i % blocks * V);
       });
