@@ -1,4 +1,4 @@
-"""Gradients of a composition of PyTorch operations, recomputed."""
+"""Gradients of a composition of PyTorch operations, recomputed; and where gradients end."""
 import torch
 
 
@@ -13,3 +13,12 @@ def vjp(fn, args, grad):
         wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
         grads = iter(torch.autograd.grad(fn(*leaves), wanted, grad, materialize_grads=True))
     return [next(grads) if isinstance(a, torch.Tensor) and a.requires_grad else None for a in leaves]
+
+
+def no_second_derivative(op):
+    """The autograd formula of the backward of operator ``op``: PyTorch would take the derivative for zero."""
+
+    def raises(ctx, *grads):
+        raise NotImplementedError(f'{op}: second derivatives are not implemented; {op}_reference has them')
+
+    return raises

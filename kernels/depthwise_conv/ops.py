@@ -3,6 +3,7 @@ import torch
 
 from .._core.backends import choose
 from .._core.precision import compute_dtype, without_autocast
+from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
 _ARGS = 'Tensor x, Tensor weight, Tensor? bias, bool residual, bool silu'
@@ -58,3 +59,4 @@ lib.impl('depthwise_conv_backward', _backward, 'CompositeExplicitAutograd')
 torch.library.register_fake('mmvssm::depthwise_conv', _fake, lib=lib)
 torch.library.register_fake('mmvssm::depthwise_conv_backward', _fake_backward, lib=lib)
 torch.library.register_autograd('mmvssm::depthwise_conv', _autograd, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd('mmvssm::depthwise_conv_backward', no_second_derivative('depthwise_conv'), lib=lib)

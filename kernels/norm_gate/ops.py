@@ -3,6 +3,7 @@ import torch
 
 from .._core.backends import choose
 from .._core.precision import compute_dtype, without_autocast
+from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
 _ARGS = 'Tensor x, Tensor z, Tensor weight, Tensor bias, float eps'
@@ -50,3 +51,4 @@ lib.impl('norm_gate_backward', _backward, 'CompositeExplicitAutograd')
 torch.library.register_fake('mmvssm::norm_gate', _fake, lib=lib)
 torch.library.register_fake('mmvssm::norm_gate_backward', _fake_backward, lib=lib)
 torch.library.register_autograd('mmvssm::norm_gate', _autograd, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd('mmvssm::norm_gate_backward', no_second_derivative('norm_gate'), lib=lib)

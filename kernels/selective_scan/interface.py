@@ -37,7 +37,7 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
 
     Raises:
         ValueError: a shape does not fit, tensors are on different devices, ``D`` or several directions
-            without ``C``.
+            without ``C``, or ``order``, on the CPU, is no permutation (on a GPU nobody checks).
         TypeError: a tensor is not floating point, or ``order`` is not integer.
         BackendError: a requested backend cannot run the call.
     """

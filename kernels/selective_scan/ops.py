@@ -4,6 +4,7 @@ import torch
 
 from .._core.backends import choose
 from .._core.precision import compute_dtype, without_autocast
+from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
 #: Tokens per chunk: backward restarts the recurrence from one stored state per chunk.
@@ -22,11 +23,23 @@ def _cast(args, dtype):
     return [a.to(dtype) if a is not None and a.is_floating_point() else a for a in args]
 
 
+def _check_order(order):
+    """Kernels write where ``order`` says. On a GPU the check would have to wait for it, so there is none."""
+    if order is None or order.device.type != 'cpu' or order.numel() == 0:
+        return
+    low, high, length = *(int(t) for t in order.aminmax()), order.shape[-1]
+    if low < 0 or high >= length or not torch.zeros(order.shape, dtype=torch.bool).scatter_(
+            -1, order.long(), True).all():
+        raise ValueError(f'selective_scan: order has tokens from {low} to {high}, expected each of '
+                         f'0 to {length - 1} once in a row')
+
+
 @without_autocast
 def _forward(*args):
+    _check_order(args[8])
     x, dtype = args[0], compute_dtype(args[0])
     y, states = choose('selective_scan', BACKENDS, x).forward(*_cast(args, dtype), chunk=CHUNK)
-    return y.to(x.dtype), states
+    return y.to(x.dtype).contiguous(), states
 
 
 @without_autocast
@@ -35,7 +48,7 @@ def _backward(grad, *args_and_states):
     dtype = compute_dtype(args[0])
     grads = choose('selective_scan', BACKENDS, args[0]).backward(
         grad.to(dtype), *_cast(args, dtype), states, chunk=CHUNK)
-    return tuple(_empty(args[0]) if a is None else g.to(a.dtype)
+    return tuple(_empty(args[0]) if a is None else g.to(a.dtype).contiguous()
                  for a, g in zip(args[:8], grads, strict=True))
 
 
@@ -74,3 +87,4 @@ lib.impl('selective_scan_backward', _backward, 'CompositeExplicitAutograd')
 torch.library.register_fake('mmvssm::selective_scan', _fake, lib=lib)
 torch.library.register_fake('mmvssm::selective_scan_backward', _fake_backward, lib=lib)
 torch.library.register_autograd('mmvssm::selective_scan', _autograd, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd('mmvssm::selective_scan_backward', no_second_derivative('selective_scan'), lib=lib)

@@ -3,6 +3,7 @@ import torch
 
 from .._core.backends import choose
 from .._core.precision import compute_dtype, without_autocast
+from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
 _ARGS = ', '.join(f'Tensor {name}' for name in 'h C x D kernel1 kernel3 kernel5 alpha'.split())
@@ -48,3 +49,4 @@ lib.impl('state_fusion_backward', _backward, 'CompositeExplicitAutograd')
 torch.library.register_fake('mmvssm::state_fusion', _fake, lib=lib)
 torch.library.register_fake('mmvssm::state_fusion_backward', _fake_backward, lib=lib)
 torch.library.register_autograd('mmvssm::state_fusion', _autograd, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd('mmvssm::state_fusion_backward', no_second_derivative('state_fusion'), lib=lib)

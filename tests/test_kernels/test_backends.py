@@ -1,0 +1,119 @@
+"""Which backend runs, how to ask for one, and what is said where it cannot."""
+import pytest
+import torch
+from kernel_testing import ROOMS, Call, backends, room
+
+from mmvssm.kernels import BackendError, use_backend
+from mmvssm.kernels._core import extension
+from mmvssm.kernels._core.backends import Backend, choose, requested_backend
+
+ANY = torch.zeros(1)
+
+
+def backend(name, reason=None):
+    return Backend(name, lambda tensor: reason, forward=None, backward=None)
+
+
+@pytest.fixture(autouse=True)
+def no_request(monkeypatch):
+    monkeypatch.delenv('MMVSSM_BACKEND', raising=False)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Set the file that the compiled kernels are loaded from."""
+    def set_to(path):
+        monkeypatch.setattr(extension, '_LIBRARY', path)
+        extension.why_not_loaded.cache_clear()
+    yield set_to
+    monkeypatch.undo()
+    extension.why_not_loaded.cache_clear()
+
+
+def test_first_able_backend_is_chosen():
+    table = backend('fast', 'no GPU'), backend('middle'), backend('slow')
+    assert choose('op', table, ANY).name == 'middle'
+
+
+def test_request_is_met():
+    with use_backend('slow'):
+        assert choose('op', (backend('fast'), backend('slow')), ANY).name == 'slow'
+
+
+def test_request_that_cannot_be_met_raises_its_reason():
+    with use_backend('fast'), pytest.raises(BackendError, match='op: no requested backend.*fast: no GPU$'):
+        choose('op', (backend('fast', 'no GPU'), backend('slow')), ANY)
+
+
+def test_no_able_backend_raises_every_reason():
+    table = backend('fast', 'no GPU'), backend('slow', 'too large')
+    with pytest.raises(BackendError, match='op: no backend can run this call: fast: no GPU; slow: too large'):
+        choose('op', table, ANY)
+
+
+def test_reason_depends_on_the_tensor():
+    table = (Backend('cpu', extension.why_not_cpu, None, None),)
+    with pytest.raises(BackendError, match='cpu: it runs CPU tensors, this one is on meta'):
+        choose('op', table, ANY.to('meta'))
+
+
+@pytest.mark.parametrize('op', ROOMS)
+def test_unknown_name_raises_the_known_ones(op):
+    call, known = Call(op, 'tiny', 'nonsense'), ', '.join(backends(op))
+    cases = room(op, 'cases')
+    tensors = cases.inputs(cases.CASES['tiny'], torch.float32)
+    with pytest.raises(BackendError, match=f"{op}: backend 'nonsense' is unknown; this operator has {known}"):
+        call.forward(tensors)
+
+
+def test_environment(monkeypatch):
+    table = backend('fast'), backend('slow')
+    monkeypatch.setenv('MMVSSM_BACKEND', 'slow')
+    assert choose('op', table, ANY).name == 'slow'
+    monkeypatch.setenv('MMVSSM_BACKEND', 'nonsense')
+    with pytest.raises(BackendError, match="'nonsense' is unknown"):
+        choose('op', table, ANY)
+    monkeypatch.setenv('MMVSSM_BACKEND', '')
+    assert choose('op', table, ANY).name == 'fast'
+
+
+def test_context_goes_before_environment(monkeypatch):
+    monkeypatch.setenv('MMVSSM_BACKEND', 'slow')
+    with use_backend('fast'):
+        assert requested_backend() == 'fast'
+    assert requested_backend() == 'slow'
+
+
+def test_contexts_nest():
+    with use_backend('slow'):
+        with use_backend('fast'):
+            assert requested_backend() == 'fast'
+        assert requested_backend() == 'slow'
+        with use_backend(None):
+            assert requested_backend() is None
+        assert requested_backend() == 'slow'
+    assert requested_backend() is None
+
+
+def test_context_ends_with_an_exception():
+    with pytest.raises(KeyError), use_backend('slow'):
+        raise KeyError
+    assert requested_backend() is None
+
+
+@pytest.mark.parametrize('op', ROOMS)
+def test_without_compiled_kernels(op, library, tmp_path):
+    """The operators still run; asking for what is not built says how to build it."""
+    library(tmp_path / '_C.so')
+    cases = room(op, 'cases')
+    tensors = cases.inputs(cases.CASES['tiny'], torch.float32)
+    expected = Call(op, 'tiny', 'torch').forward(tensors)
+    assert torch.equal(Call(op, 'tiny', None).forward(tensors), expected)
+    with pytest.raises(BackendError, match=f'{op}: .*cpu: the compiled kernels are not built.*MMVSSM_BUILD_EXT=1'):
+        Call(op, 'tiny', 'cpu').forward(tensors)
+
+
+def test_compiled_kernels_of_another_pytorch(library, tmp_path):
+    (tmp_path / '_C.so').write_bytes(b'no library')
+    library(tmp_path / '_C.so')
+    assert 'built for another PyTorch' in extension.why_not_cpu(ANY)

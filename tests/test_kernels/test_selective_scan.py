@@ -1,0 +1,159 @@
+"""What belongs to the selective scan alone."""
+import math
+
+import pytest
+import torch
+from kernel_testing import Call, calls, room
+from mmengine.analysis import FlopAnalyzer
+
+from mmvssm.kernels import selective_scan, selective_scan_reference
+
+CASES = room('selective_scan', 'cases').CASES
+
+
+def inputs(name, dtype=torch.float64):
+    return room('selective_scan', 'cases').inputs(CASES[name], dtype)
+
+
+def scan_by_scalars(x, dt, A, B, C, dt_weight, dt_bias, D, order):
+    """The docstring's equations for (K, ...) arguments and order (K, L), one number at a time."""
+    x, dt, A, B, C, dt_weight, dt_bias, D, order = (
+        t.tolist() for t in (x, dt, A, B, C, dt_weight, dt_bias, D, order))
+    y = [[[0.0] * len(x[0][0]) for _ in x[0]] for _ in x]
+    for b in range(len(x)):
+        for k in range(len(A)):
+            for d in range(len(A[0])):
+                h = [0.0] * len(A[0][0])
+                for token in order[k]:
+                    raw = dt_bias[k][d]
+                    for r, low in enumerate(dt[b][token][k]):
+                        raw += low * dt_weight[k][d][r]
+                    delta = math.log(1 + math.exp(raw))
+                    for n in range(len(h)):
+                        h[n] = math.exp(delta * A[k][d][n]) * h[n] + delta * B[b][token][k][n] * x[b][token][d]
+                        y[b][token][d] += C[b][token][k][n] * h[n]
+                    y[b][token][d] += D[k][d] * x[b][token][d]
+    return torch.tensor(y, dtype=torch.float64)
+
+
+def test_reference_computes_the_equations():
+    tensors = inputs('tiny')
+    assert tensors['x'].shape == (2, 5, 3)
+    assert tensors['order'].tolist() != [list(range(5))] * 2
+    torch.testing.assert_close(selective_scan_reference(**tensors), scan_by_scalars(**tensors))
+
+
+def test_states_are_what_the_output_sums():
+    tensors = inputs('d_state_16')
+    output, C = selective_scan_reference(**{**tensors, 'D': None}), tensors['C']
+    states = selective_scan_reference(**{**tensors, 'C': None, 'D': None})
+    torch.testing.assert_close((states * C.unsqueeze(-1)).sum(2), output)
+
+
+def one_ordered_direction(name, case):
+    return case.order and case.directions in (None, 1)
+
+
+@pytest.mark.parametrize('call', calls(one_ordered_direction, ['selective_scan']), ids=str)
+def test_order_is_a_permutation_of_tokens(call):
+    """Scanning in an order equals permuting the tokens, scanning, and permuting back."""
+    tensors = call.inputs(torch.float64)
+    batch, length, _ = tensors['x'].shape
+    order = tensors['order'].expand(batch, 1, length)[:, 0].long()
+
+    def permuted(t):
+        return t.gather(1, order.view(order.shape + (1,) * (t.dim() - 2)).expand_as(t))
+
+    walked = {name: permuted(t) if t is not None and name in 'x dt B C'.split() else t
+              for name, t in tensors.items()}
+    torch.testing.assert_close(permuted(call.forward(tensors)), call.forward({**walked, 'order': None}))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('call', [Call('selective_scan', name, backend) for backend in ('cpu', 'torch')
+                                  for name in ('K2-order_KL', 'length_65', 'one_row')], ids=str)
+@pytest.mark.parametrize('threads', [1, 4], indirect=True)
+def test_extreme_steps_and_activations(call, dtype, threads):
+    """Steps of -1e4 to 1e4 before the softplus, activations of +-1e4, a token of zeros: finite and right."""
+    tensors = call.inputs(dtype)
+    sign = torch.ones_like(tensors['dt_bias'])
+    sign[..., ::2] = -1
+    tensors['dt_bias'] = 1e4 * sign
+    tensors['x'] = 1e4 * tensors['x'].sign()
+    tensors['x'][:, 1] = 0
+    tensors['dt'][:, 1] = 0
+    got = call.evaluate(tensors)
+    assert all(t.isfinite().all() for t in got.values())
+    call.check(got, call.expected(tensors))
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'torch'])
+def test_zeros(backend):
+    call = Call('selective_scan', 'tiny', backend)
+    tensors = {name: t * 0 if t is not None and t.is_floating_point() else t
+               for name, t in call.inputs(torch.float32).items()}
+    got = call.evaluate(tensors)
+    assert got['output'].eq(0).all()
+    assert all(t.isfinite().all() for t in got.values())
+
+
+BAD_INPUTS = {
+    'x-dims': (dict(x=lambda t: t[0]), ValueError, r'x has shape \(5, 3\), expected \(batch, L, D\)'),
+    'x-dtype': (dict(x=lambda t: t.long()), TypeError, 'x has dtype torch.int64'),
+    'x-float8': (dict(x=lambda t: t.to(torch.float8_e4m3fn)), TypeError, 'x has dtype torch.float8_e4m3fn'),
+    'x-complex': (dict(x=lambda t: t.to(torch.complex64)), TypeError, 'x has dtype torch.complex64'),
+    'dt-dims': (dict(dt=lambda t: t[0, 0]), ValueError, r'dt has shape \(2, 2\), expected \(batch, L, R\)'),
+    'dt-length': (dict(dt=lambda t: t[:, 1:]), ValueError, r'dt has shape \(2, 4, 2, 2\).*\(2, 5, 2, 2\)'),
+    'dt-batch': (dict(dt=lambda t: t[1:]), ValueError, r'dt has shape \(1, 5, 2, 2\)'),
+    'dt-no_direction': (dict(dt=lambda t: t[:, :, :0]), ValueError, 'dt has no direction'),
+    'A-shape': (dict(A=lambda t: t.mT), ValueError, r'A has shape \(2, 2, 3\), expected.* \(2, 3, 2\)'),
+    'A-dims': (dict(A=lambda t: t[0]), ValueError, r'A has shape \(3, 2\), expected.* \(2, 3, 2\)'),
+    'B-dims': (dict(B=lambda t: t[:, :, 0]), ValueError, r'B has shape \(2, 5, 2\)'),
+    'B-scalar': (dict(B=lambda t: t[0, 0, 0, 0]), ValueError, r'B has shape \(\)'),
+    'B-directions': (dict(B=lambda t: t[:, :, :1]), ValueError, r'B has shape \(2, 5, 1, 2\)'),
+    'B-no_state': (dict(B=lambda t: t[..., :0]), ValueError, 'B has 0 states, expected 1 to 256'),
+    'B-states': (dict(B=lambda t: t.expand(257, 2, 5, 2, 2).permute(1, 2, 3, 4, 0).flatten(3)), ValueError,
+                 'B has 514 states, expected 1 to 256'),
+    'C-shape': (dict(C=lambda t: t[..., :1]), ValueError, r'C has shape \(2, 5, 2, 1\)'),
+    'C-missing': (dict(C=lambda t: None, D=lambda t: None), ValueError, '2 directions need C'),
+    'D-without_C': (dict(C=lambda t: None), ValueError, 'D is given without C'),
+    'D-shape': (dict(D=lambda t: t[0]), ValueError, r'D has shape \(3,\), expected.* \(2, 3\)'),
+    'dt_weight-shape': (dict(dt_weight=lambda t: t.mT), ValueError, r'dt_weight has shape \(2, 2, 3\)'),
+    'dt_bias-shape': (dict(dt_bias=lambda t: t[:, 1:]), ValueError, r'dt_bias has shape \(2, 2\)'),
+    'dt_bias-device': (dict(dt_bias=lambda t: t.to('meta')), ValueError,
+                       'one device, got x on cpu.*dt_bias on meta'),
+    'order-dtype': (dict(order=lambda t: t.float()), TypeError, 'order has dtype torch.float32'),
+    'order-bool': (dict(order=lambda t: t.bool()), TypeError, 'order has dtype torch.bool'),
+    'order-length': (dict(order=lambda t: t[:, 1:]), ValueError, r'order has shape \(2, 4\).*\(2, 2, 5\)'),
+    'order-directions': (dict(order=lambda t: t[:1]), ValueError, r'order has shape \(1, 5\)'),
+    'order-scalar': (dict(order=lambda t: t[0, 0]), ValueError, r'order has shape \(\)'),
+    'order-twice': (dict(order=lambda t: t.clamp(min=1)), ValueError,
+                    'order has tokens from 1 to 4, expected each of 0 to 4 once in a row'),
+    'order-beyond': (dict(order=lambda t: t + 1), ValueError, 'order has tokens from 1 to 5'),
+    'order-negative': (dict(order=lambda t: t - 1), ValueError, 'order has tokens from -1 to 3'),
+    'order-device': (dict(order=lambda t: t.to('meta')), ValueError, 'x on cpu, order on meta'),
+}
+
+
+@pytest.mark.parametrize('changes, error, message', BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input(changes, error, message):
+    tensors = inputs('tiny')
+    tensors.update({name: change(tensors[name]) for name, change in changes.items()})
+    with pytest.raises(error, match='^selective_scan: .*' + message):
+        selective_scan(**tensors)
+
+
+@pytest.mark.parametrize('name, per_state, skip', [
+    ('order_BKL-states', 7, 0), ('dim_40', 9, 0), ('d_state_16', 9, 1), ('K2-order_KL', 9, 1)])
+def test_flops(name, per_state, skip):
+    tensors = {key: t for key, t in inputs(name).items() if t is not None}
+
+    class Model(torch.nn.Module):
+
+        def forward(self, *args):
+            return selective_scan(**dict(zip(tensors, args)))
+
+    case = CASES[name]
+    elements = case.batch * case.length * case.dim * (case.directions or 1)
+    flops = FlopAnalyzer(Model(), tuple(tensors.values())).by_operator()
+    assert flops == {'selective_scan': elements * (per_state * case.d_state + case.rank + skip)}
