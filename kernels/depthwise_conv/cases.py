@@ -1,6 +1,5 @@
 """Cases of the depthwise convolution that every backend must get right: shapes, inputs, tolerances."""
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
@@ -24,7 +23,7 @@ class Case:
     dim: int = 16
     bias: bool = True
     residual: bool = False
-    activation: Optional[str] = None
+    activation: str | None = None
     layout: str = 'contiguous'
     half_params: bool = False
 

@@ -1,6 +1,5 @@
 """Cases of the selective scan that every backend must get right: shapes, inputs, tolerances."""
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
@@ -27,9 +26,9 @@ class Case:
     dim: int = 16
     rank: int = 4
     d_state: int = 1
-    directions: Optional[int] = None
+    directions: int | None = None
     output: str = 'states'
-    order: Optional[int] = None
+    order: int | None = None
     order_dtype: torch.dtype = torch.int64
     steps: str = 'usual'
     layout: str = 'contiguous'
