@@ -41,8 +41,8 @@ demo: env
 	$(BIN)/python tools/train.py configs/$(DEMO).py --seed 0 --resume --work-dir $(DEMO_DIR) \
 		--cfg-options data_root=$(DEMO_DATA)/
 	$(BIN)/python tools/test.py configs/$(DEMO).py "$$(cat $(DEMO_DIR)/last_checkpoint)" \
-		--work-dir $(DEMO_DIR)/evaluation --show-dir pictures --cfg-options data_root=$(DEMO_DATA)/
-	$(BIN)/python tools/analysis/montage.py $(DEMO_DIR)/evaluation $(DEMO_DIR)/demo.jpg
+		--work-dir $(DEMO_DIR)/evaluation --show-dir $(DEMO_DIR)/pictures --cfg-options data_root=$(DEMO_DATA)/
+	$(BIN)/python tools/analysis/montage.py $(DEMO_DIR)/pictures $(DEMO_DIR)/demo.jpg
 
 benchmark: env
 	$(BIN)/python tools/benchmarks/cpu.py

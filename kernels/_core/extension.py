@@ -1,8 +1,11 @@
 """The compiled kernels, ``torch.ops.mmvssm_cpu.*``, if they were built."""
 import functools
 import pathlib
+import warnings
 
 import torch
+
+from .backends import requested_backend
 
 _LIBRARY = pathlib.Path(__file__).resolve().parent.parent / '_C.so'
 
@@ -21,9 +24,16 @@ def why_not_loaded():
     return None
 
 
+@functools.cache
+def _warn_once(reason):
+    warnings.warn(f'mmvssm: CPU tensors run on composed PyTorch operations, which is slower: {reason}', stacklevel=2)
+
+
 def why_not_cpu(tensor):
-    """The reason why the C++ kernels cannot take ``tensor``, or None."""
+    """The reason why the C++ kernels cannot take ``tensor``, or None. Says once if others must stand in."""
     if tensor.device.type != 'cpu':
         return f'it runs CPU tensors, this one is on {tensor.device}'
-    return why_not_loaded()
-
+    reason = why_not_loaded()
+    if reason and not requested_backend():
+        _warn_once(reason)
+    return reason

@@ -1,4 +1,6 @@
 """Which backend runs, how to ask for one, and what is said where it cannot."""
+import warnings
+
 import pytest
 import torch
 from kernel_testing import ROOMS, Call, backends, room
@@ -25,6 +27,7 @@ def library(monkeypatch):
     def set_to(path):
         monkeypatch.setattr(extension, '_LIBRARY', path)
         extension.why_not_loaded.cache_clear()
+        extension._warn_once.cache_clear()
     yield set_to
     monkeypatch.undo()
     extension.why_not_loaded.cache_clear()
@@ -108,7 +111,11 @@ def test_without_compiled_kernels(op, library, tmp_path):
     cases = room(op, 'cases')
     tensors = cases.inputs(cases.CASES['tiny'], torch.float32)
     expected = Call(op, 'tiny', 'torch').forward(tensors)
-    assert torch.equal(Call(op, 'tiny', None).forward(tensors), expected)
+    with pytest.warns(UserWarning, match='slower: the compiled kernels are not built'):
+        assert torch.equal(Call(op, 'tiny', None).forward(tensors), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # once is enough
+        Call(op, 'tiny', None).forward(tensors)
     with pytest.raises(BackendError, match=f'{op}: .*cpu: the compiled kernels are not built.*MMVSSM_BUILD_EXT=1'):
         Call(op, 'tiny', 'cpu').forward(tensors)
 
@@ -116,4 +123,5 @@ def test_without_compiled_kernels(op, library, tmp_path):
 def test_compiled_kernels_of_another_pytorch(library, tmp_path):
     (tmp_path / '_C.so').write_bytes(b'no library')
     library(tmp_path / '_C.so')
-    assert 'built for another PyTorch' in extension.why_not_cpu(ANY)
+    with pytest.warns(UserWarning, match='slower: .*built for another PyTorch'):
+        extension.why_not_cpu(ANY)
