@@ -35,7 +35,7 @@ model = dict(
         rpn=dict(nms_pre=500, max_per_img=100),
         rcnn=dict(max_per_img=30)))
 
-iterations = 1000
+iterations = 800
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -26,7 +26,7 @@ def why_not_loaded():
 
 @functools.cache
 def _warn_once(reason):
-    warnings.warn(f'mmvssm: CPU tensors run on composed PyTorch operations, which is slower: {reason}', stacklevel=2)
+    warnings.warn(f'mmvssm: CPU tensors run on composed PyTorch operations, slower: {reason}', stacklevel=2)
 
 
 def why_not_cpu(tensor):
