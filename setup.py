@@ -2,11 +2,13 @@
 
 ``MMVSSM_BUILD_EXT`` decides about the compiled kernels: unset builds them where PyTorch and a C++ compiler
 are found and says so where they are not; ``0`` never builds (pure Python, slower); ``1`` builds or fails.
-Install with ``--no-build-isolation`` so that the build sees the PyTorch it will run with.
+Install with ``--no-build-isolation`` so that the build sees the PyTorch it will run with; the environment then needs
+setuptools, wheel and preferably ninja.
 """
 import os
 import shutil
 import sys
+from glob import glob
 
 from setuptools import setup
 
@@ -49,19 +51,22 @@ def extension():
     core = ('dispatch', 'isa_baseline', 'isa_avx2', 'isa_avx512')
     sources = [f'kernels/_core/csrc/{name}.cpp' for name in core]
     sources += [f'kernels/{room}/csrc/cpu/op.cpp' for room in rooms]
-    flags = ['-O3', '-std=c++17', '-fopenmp', '-fno-math-errno', '-fno-trapping-math', '-Wno-psabi',
-             '-Wno-unknown-pragmas']
-    ext = CppExtension('mmvssm.kernels._C', sources, extra_compile_args=flags,
-                       extra_link_args=['-fopenmp'])
+    # Apple's compiler has no OpenMP: there the kernels run in one thread.
+    openmp = [] if sys.platform == 'darwin' else ['-fopenmp']
+    flags = ['-O3', '-fno-math-errno', '-fno-trapping-math', '-Wno-psabi', '-Wno-unknown-pragmas']
+    ext = CppExtension('mmvssm.kernels._C', sources, depends=glob('kernels/**/*.h', recursive=True),
+                       extra_compile_args=flags + openmp, extra_link_args=openmp)
     return dict(ext_modules=[ext],
                 cmdclass=dict(build_ext=Build.with_options(no_python_abi_suffix=True)))
 
 
+os.chdir(HERE)
 reason = why_not_build()
 if reason:
     if BUILD_EXT == '1':
         sys.exit(f'MMVSSM_BUILD_EXT=1, but {reason}')
     print(f'mmvssm: installing without compiled kernels: {reason}', file=sys.stderr)
+    if BUILD_EXT == '0' and os.path.exists('kernels/_C.so'):
+        os.remove('kernels/_C.so')  # of an earlier editable installation
 
-os.chdir(HERE)
 setup(**({} if reason else extension()))

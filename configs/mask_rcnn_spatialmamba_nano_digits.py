@@ -50,5 +50,7 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=25),
-    checkpoint=dict(by_epoch=False, interval=200))
+    checkpoint=dict(by_epoch=False, interval=200),
+    visualization=dict(score_thr=0.5))
+visualizer = dict(line_width=1)  # for pictures of 128 pixels
 log_processor = dict(by_epoch=False)

@@ -163,8 +163,12 @@ def test_init_weights_follows_the_seed(name):
     weights = []
     for seed in (0, 0, 1):
         model = build(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(7)
         torch.manual_seed(seed)
         model.init_weights()
+        assert not any((p == 7).all() for p in model.parameters())
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -201,13 +205,20 @@ def test_other_dtypes_are_finite_and_close(name, dtype):
     (dict(arch=dict(embed_dims=7, depths=(1, 1, 1, 1))), ["arch['embed_dims']=7", 'even']),
     (dict(arch=dict(embed_dims=8, depths=(1, 1, 1, 1), widths=3)), ['widths']),
     (dict(out_indices=(0, 4)), ['out_indices=(0, 4)', '0..3']),
+    (dict(arch=dict(embed_dims=8, depths=3)), ["arch['depths']=3", '4 positive']),
+    (dict(arch=dict(embed_dims=8, depths=(1, 1, 1, 1), drop_path_rate=2)), ['drop_path_rate=2']),
     (dict(out_indices=()), ['out_indices=()']),
+    (dict(out_indices=None), ['out_indices=None']),
+    (dict(out_indices=(-5,)), ['out_indices=(-5,)']),
     (dict(out_indices=(1, 0)), ['out_indices=(1, 0)', 'increasing']),
     (dict(in_channels=0), ['in_channels=0', 'positive']),
     (dict(drop_path_rate=1.5), ['drop_path_rate=1.5', '[0, 1)']),
+    (dict(drop_path_rate='0.1'), ["drop_path_rate='0.1'"]),
     (dict(frozen_stages=5), ['frozen_stages=5']),
     (dict(d_state=0), ['d_state=0', '1..256']),
     (dict(mlp_ratio=-1), ['mlp_ratio=-1']),
+    (dict(mlp_ratio=0.01), ['mlp_ratio=0.01', '1 / embed_dims']),
+    (dict(mlp_ratio=None), ['mlp_ratio=None']),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else '')
 def test_bad_argument_is_named(name, kwargs, words):
     with pytest.raises(ValueError) as raised:
@@ -217,12 +228,13 @@ def test_bad_argument_is_named(name, kwargs, words):
 
 @pytest.mark.parametrize('x, error, words', [
     (torch.zeros(1, 4, 32, 32), ValueError, ['(1, 4, 32, 32)', 'in_channels=3']),
+    ([torch.zeros(3, 32, 32)], TypeError, ['list', 'tensor']),
     (torch.zeros(3, 32, 32), ValueError, ['(3, 32, 32)', '(B, 3, H, W)']),
     (torch.zeros(1, 3, 0, 32), ValueError, ['(1, 3, 0, 32)']),
     (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, ['uint8', 'normalise']),
     (torch.zeros(1, 3, 32, 32, dtype=torch.float64), TypeError, ['float64', 'float32', 'autocast']),
     (torch.zeros(1, 3, 32, 32, device='meta'), ValueError, ['meta', 'cpu']),
-], ids=['channels', 'rank', 'empty', 'integers', 'dtype', 'device'])
+], ids=['channels', 'list', 'rank', 'empty', 'integers', 'dtype', 'device'])
 def test_bad_input_is_named(name, x, error, words):
     with pytest.raises(error) as raised:
         build(name)(x)

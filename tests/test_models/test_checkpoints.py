@@ -1,9 +1,10 @@
 """Loading: the authors' files as they are, ours, and files that do not fit."""
 import logging
 
+import numpy as np
 import pytest
 import torch
-from mmengine.logging import MMLogger
+from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.runner import load_checkpoint
 from torch import nn
 
@@ -113,6 +114,45 @@ def test_what_is_not_loaded_is_logged():
     assert all(name in text for name in ('kept as initialised', 'outnorm0.weight', 'outnorm3.bias'))
 
 
+@pytest.mark.parametrize('init_cfg', [
+    lambda file: [dict(type='Pretrained', checkpoint=file)],
+    lambda file: dict(type='Pretrained', checkpoint=file, prefix='backbone.'),
+], ids=['list', 'prefix'])
+def test_file_of_a_runner(init_cfg, tmp_path):
+    """It holds MMEngine's message hub and optimizer beside the weights."""
+    detector = nn.Module()
+    detector.backbone = build()
+    detector.backbone.load_state_dict(dense_weights())
+    hub = MessageHub.get_instance('test_file_of_a_runner')
+    hub.update_scalar('train/loss', 0.5)
+    hub.update_info('seed', np.int64(3))
+    torch.save({'state_dict': detector.state_dict(), 'message_hub': hub.state_dict(), 'meta': {'iter': 1},
+                'optimizer': torch.optim.AdamW(detector.parameters()).state_dict()}, tmp_path / 'epoch_1.pth')
+    model = build(init_cfg=init_cfg(str(tmp_path / 'epoch_1.pth')))
+    model.init_weights()
+    assert_loaded(model, dense_weights())
+
+
+def test_prefix_that_no_name_has(tmp_path):
+    torch.save(dense_weights(), tmp_path / 'f.pth')
+    model = build(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'f.pth'), prefix='wrong.'))
+    with pytest.raises(ValueError, match="prefix='wrong.'.*f.pth"):
+        model.init_weights()
+
+
+@pytest.mark.parametrize('checkpoint', [None, ''])
+def test_no_file(checkpoint):
+    with pytest.raises(ValueError, match='init_cfg has checkpoint='):
+        build(init_cfg=dict(type='Pretrained', checkpoint=checkpoint)).init_weights()
+
+
+@pytest.mark.parametrize('stray', ['layers.0.typo', 'patch_embed.typo', 'unheard.of'])
+def test_stray_name_beside_the_backbone_is_reported(stray):
+    weights = prefixed(dense_weights(), 'backbone.') | {stray: torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=stray):
+        build().load_state_dict(weights)
+
+
 @pytest.mark.parametrize('change, reported', [
     (lambda w: w.pop('layers.0.blocks.0.ln_1.weight'), 'layers.0.blocks.0.ln_1.weight'),
     (lambda w: w.update({'layers.0.blocks.0.extra': torch.zeros(1)}), 'layers.0.blocks.0.extra'),
@@ -148,15 +188,28 @@ def code(path):
     torch.save({'model': print}, path)
 
 
+class Attribute:
+    """Pickles as a call of getattr that would reach code."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, '__init__')
+
+
+def attribute(path):
+    torch.save({'model': Attribute()}, path)
+
+
 @pytest.mark.parametrize('write, error, words', [
-    (lambda path: None, FileNotFoundError, ['does not exist', 'init_cfg']),
+    (lambda path: None, FileNotFoundError, ['no such file', 'init_cfg']),
     (foreign, RuntimeError, ['does not fit', 'bias', 'patch_embed.conv1.conv.weight']),
     (truncated, ValueError, ['cannot be read', 'truncated']),
     (lambda path: path.write_text('<html>not found</html>'), ValueError, ['cannot be read']),
     (lambda path: path.write_bytes(b''), ValueError, ['0 bytes', 'cannot be read']),
     (code, ValueError, ['more than weights']),
+    (attribute, ValueError, ['more than weights', '__init__']),
+    (lambda path: path.mkdir(), FileNotFoundError, ['no such file']),
     (lambda path: torch.save([torch.zeros(1)], path), ValueError, ['list', 'dict']),
-], ids=['missing', 'foreign', 'truncated', 'text', 'empty', 'code', 'list'])
+], ids=['missing', 'foreign', 'truncated', 'text', 'empty', 'code', 'attribute', 'folder', 'list'])
 def test_unfit_file_raises(write, error, words, tmp_path):
     file = tmp_path / 'bad.pth'
     write(file)

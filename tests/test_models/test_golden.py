@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmvssm.kernels import use_backend
+from mmvssm.kernels._core.extension import why_not_loaded
 from mmvssm.models.backbones import SpatialMamba
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
@@ -16,6 +17,10 @@ rule = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rule)
 
 FEATURES, GRADIENTS = 2e-5, 2e-4  # relative, fp32
+
+
+BACKENDS = [pytest.param('cpu', marks=pytest.mark.skipif(bool(why_not_loaded()), reason=str(why_not_loaded()))),
+            'torch']
 
 
 def load(name, **kwargs):
@@ -38,7 +43,7 @@ def error(value, expected):
     return float((value.double() - expected).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize('backend', ['cpu', 'torch'])
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('name', ['micro', 't', 's', 'b'])
 def test_features(name, backend):
     name = f'spatialmamba_{name}'
@@ -63,7 +68,7 @@ def test_logits_from_the_classification_checkpoint(name):
     assert error(logits, expected['eval_logits']) <= FEATURES
 
 
-@pytest.fixture(scope='module', params=['cpu', 'torch'])
+@pytest.fixture(scope='module', params=BACKENDS)
 def trained(request):
     """Gradients of the golden loss by parameter name, and what they should be."""
     name = 'spatialmamba_micro'

@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmvssm.kernels import norm_gate, selective_scan, state_fusion
+from mmvssm.kernels._core.precision import compute_dtype
 
 from ..layers.backbone import VisionSSM
 from ..layers.depthwise import DepthwiseConv
@@ -73,6 +74,11 @@ class StateFusion(nn.Module):
         self.kernel_3_2 = nn.Parameter(torch.ones(dim, 1, 3, 3))
         self.alpha = nn.Parameter(torch.ones(3))
 
+    @torch.no_grad()
+    def reset_parameters(self):
+        for parameter in self.parameters():
+            parameter.fill_(1)
+
     def forward(self, h, C, x, D):
         return state_fusion(h, C, x, D, (self.kernel_3, self.kernel_3_1, self.kernel_3_2), self.alpha)
 
@@ -81,9 +87,9 @@ class StructureAwareSSM(nn.Module):
     """The mixer: a unidirectional selective scan whose states are fused over their 2-D neighbourhood
     (paper, section 3.2). Maps (B, H, W, dim) to (B, H, W, dim)."""
 
-    def __init__(self, dim, d_state=1, ssm_ratio=2.0):
+    def __init__(self, dim, d_state=1):
         super().__init__()
-        inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16)
+        inner, rank = 2 * dim, math.ceil(dim / 16)
         self.rank, self.d_state = rank, d_state
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv2d = DepthwiseConv(inner)
@@ -95,8 +101,6 @@ class StructureAwareSSM(nn.Module):
         self.state_fusion = StateFusion(inner)
         self.out_norm = nn.LayerNorm(inner, eps=LN_EPS)
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        for parameter in (self.dt_projs_bias, self.A_logs, self.Ds):
-            parameter._no_weight_decay = True
         self.reset_ssm_parameters()
 
     @torch.no_grad()
@@ -109,13 +113,14 @@ class StructureAwareSSM(nn.Module):
         dt.clamp_(min=dt_floor)
         self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
         self.A_logs.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_logs))
+        self.Ds.fill_(1)
 
     def forward(self, x):
         batch, height, width, _ = x.shape
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv2d(x, activation='silu')
         dt, B, C = F.linear(x, self.x_proj_weight).split((self.rank, self.d_state, self.d_state), -1)
-        h = selective_scan(x.flatten(1, 2), dt.flatten(1, 2), -self.A_logs.float().exp(), B.flatten(1, 2),
+        h = selective_scan(x.flatten(1, 2), dt.flatten(1, 2), -self.A_logs.to(compute_dtype(self.A_logs)).exp(), B.flatten(1, 2),
                            dt_weight=self.dt_projs_weight, dt_bias=self.dt_projs_bias)
         y = self.state_fusion(h.unflatten(1, (height, width)), C, x, self.Ds)
         norm = self.out_norm
@@ -196,8 +201,8 @@ class SpatialMamba(VisionSSM):
                          init_cfg)
         if not isinstance(d_state, int) or not 1 <= d_state <= 256:
             raise ValueError(f'SpatialMamba: d_state={d_state!r}, expected an integer in 1..256')
-        if mlp_ratio <= 0:
-            raise ValueError(f'SpatialMamba: mlp_ratio={mlp_ratio}, expected a positive number')
+        if not isinstance(mlp_ratio, (int, float)) or mlp_ratio * self.embed_dims < 1:
+            raise ValueError(f'SpatialMamba: mlp_ratio={mlp_ratio!r}, expected a number of at least 1 / embed_dims')
         self.patch_embed = Stem(in_channels, self.embed_dims)
         self.layers = nn.ModuleList(
             Stage(self.embed_dims * 2**i, d_state, mlp_ratio, self.drop_path_rates[i],

@@ -1,14 +1,14 @@
 """What all backbones of this package share: options, freezing, output norms, loading."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .checkpoint import read_checkpoint, unwrap
+from .checkpoint import WRAPPERS, read_checkpoint, unwrap
 
 
 class VisionSSM(BaseModule):
@@ -31,20 +31,22 @@ class VisionSSM(BaseModule):
         settings = self.parse_arch(arch)
         self.embed_dims, self.depths = settings['embed_dims'], tuple(settings['depths'])
         stages = len(self.depths)
-        if isinstance(out_indices, int):
-            out_indices = (out_indices,)
-        out_indices = tuple(i + stages if isinstance(i, int) and i < 0 else i for i in out_indices)
-        if not out_indices or not all(isinstance(i, int) and 0 <= i < stages for i in out_indices) \
+        given, out_indices = out_indices, (out_indices,) if isinstance(out_indices, int) else out_indices
+        if isinstance(out_indices, Sequence) and all(isinstance(i, int) for i in out_indices):
+            out_indices = tuple(i + stages if i < 0 else i for i in out_indices)
+        else:
+            out_indices = ()
+        if not out_indices or not all(0 <= i < stages for i in out_indices) \
                 or list(out_indices) != sorted(set(out_indices)):
-            raise ValueError(f'{name}: out_indices={out_indices}, expected increasing stage numbers in '
+            raise ValueError(f'{name}: out_indices={given}, expected increasing stage numbers in '
                              f'0..{stages - 1}')
         self.out_indices = out_indices
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f'{name}: in_channels={in_channels!r}, expected a positive integer')
         self.in_channels = in_channels
         rate = settings.get('drop_path_rate', 0.) if drop_path_rate is None else drop_path_rate
-        if not 0 <= rate < 1:
-            raise ValueError(f'{name}: drop_path_rate={drop_path_rate}, expected a number in [0, 1)')
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ValueError(f'{name}: drop_path_rate={rate!r}, expected a number in [0, 1)')
         # Stages past the last output are not built, so that every parameter takes part in training.
         self.num_stages = out_indices[-1] + 1
         rates = iter(torch.linspace(0, rate, sum(self.depths)).tolist())
@@ -77,7 +79,7 @@ class VisionSSM(BaseModule):
         if not isinstance(dims, int) or dims < 2 or dims % 2:
             raise ValueError(f"{name}: arch['embed_dims']={dims!r}, expected an even integer: the width of "
                              'the first stage')
-        if len(depths) != 4 or not all(isinstance(d, int) and d > 0 for d in depths):
+        if not isinstance(depths, Sequence) or len(depths) != 4 or not all(isinstance(d, int) and d > 0 for d in depths):
             raise ValueError(f"{name}: arch['depths']={depths!r}, expected 4 positive integers: blocks of each "
                              'stage')
         return arch
@@ -94,27 +96,38 @@ class VisionSSM(BaseModule):
             FileNotFoundError, ValueError: the file is missing or unreadable.
             RuntimeError: its names or shapes do not fit; every one of them is listed.
         """
-        pretrained = isinstance(self.init_cfg, Mapping) and self.init_cfg.get('type') == 'Pretrained'
-        if pretrained:
-            filename = self.init_cfg['checkpoint']
-            content = read_checkpoint(filename)
-            if not isinstance(content, Mapping):
-                raise ValueError(f"checkpoint '{filename}' holds a {type(content).__name__}, expected a dict of "
-                                 'weights')
-            prefix = self.init_cfg.get('prefix')
-            if prefix:
-                content = {name.removeprefix(prefix): value for name, value in unwrap(content).items()
-                           if name.startswith(prefix)} or content
-            print_log(f'{type(self).__name__}: weights from {filename}', logger='current')
-            try:
-                self.load_state_dict(content)
-            except RuntimeError as error:
-                raise RuntimeError(f"checkpoint '{filename}' does not fit: {error}") from None
-        elif self.init_cfg:
+        init_cfg = self.init_cfg
+        if isinstance(init_cfg, Sequence) and len(init_cfg) == 1:
+            init_cfg = init_cfg[0]
+        if isinstance(init_cfg, Mapping) and init_cfg.get('type') in ('Pretrained', PretrainedInit):
+            self._load_pretrained(**{k: v for k, v in init_cfg.items() if k != 'type'})
+        elif init_cfg:
             super().init_weights()
         else:
             self.reset_parameters()
         self._is_init = True
+
+    def _load_pretrained(self, checkpoint=None, prefix='', map_location='cpu'):
+        name = type(self).__name__
+        if not checkpoint:
+            raise ValueError(f'{name}: init_cfg has checkpoint={checkpoint!r}, expected a file; init_cfg=None trains '
+                             'from scratch')
+        try:
+            weights = read_checkpoint(checkpoint)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; set init_cfg to dict(type='Pretrained', checkpoint=FILE), or to None "
+                                    'to train from scratch') from None
+        if prefix:
+            inner = next((weights[key] for key in WRAPPERS if isinstance(weights.get(key), Mapping)), weights)
+            weights = {n[len(prefix):].lstrip('.'): t for n, t in inner.items() if n.startswith(prefix)}
+            if not weights:
+                raise ValueError(f"{name}: init_cfg has prefix='{prefix}', but no name in '{checkpoint}' starts so; "
+                                 f'the first are {list(inner)[:3]}')
+        print_log(f'{name}: weights from {checkpoint}', logger='current')
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError as error:
+            raise RuntimeError(f"checkpoint '{checkpoint}' does not fit: {error}") from None
 
     def reset_parameters(self):
         """Draw all weights afresh, from PyTorch's generator."""
@@ -190,6 +203,8 @@ class VisionSSM(BaseModule):
 
     def _check_input(self, x):
         name, weight = type(self).__name__, next(self.parameters())
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f'{name}: input is a {type(x).__name__}, expected a tensor')
         if x.dim() != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             raise ValueError(f'{name}: input has shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) '
                              f'with H and W at least 1; in_channels={self.in_channels}')
@@ -199,6 +214,6 @@ class VisionSSM(BaseModule):
         if x.device != weight.device:
             raise ValueError(f'{name}: input is on {x.device}, the weights are on {weight.device}; move one of '
                              'them')
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f'{name}: input has dtype {x.dtype}, the weights {weight.dtype}; convert one of '
                             'them or use torch.autocast')
