@@ -2,8 +2,8 @@
 
 ``MMVSSM_BUILD_EXT`` decides about the compiled kernels: unset builds them where PyTorch and a C++ compiler
 are found and says so where they are not; ``0`` never builds (pure Python, slower); ``1`` builds or fails.
-Install with ``--no-build-isolation`` so that the build sees the PyTorch it will run with; the environment then needs
-setuptools, wheel and preferably ninja.
+Install with ``--no-build-isolation`` so that the build sees the PyTorch it will run with; the environment then
+needs setuptools, wheel and preferably ninja.
 """
 import os
 import shutil

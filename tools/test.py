@@ -6,23 +6,24 @@ from copy import deepcopy
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, load_state_dict
+from mmengine.runner import Runner
 
 from mmvssm.engine.config import (
     AMP_DTYPES,
     CfgOptions,
     UsageError,
     as_list,
+    check_backend,
     import_modules,
     is_main_rank,
     keep_boxes_fp32,
     load_config,
-    one_line,
     one_line_errors,
     set_amp,
     type_name,
 )
 from mmvssm.engine.data_check import check_checkpoint, check_data
+from mmvssm.engine.hooks import StrictLoadingHook
 
 SEG_TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
@@ -150,16 +151,6 @@ def set_show_dir(cfg, folder):
         hook.update(draw=True, test_out_dir=folder)
 
 
-class StrictLoadingHook(Hook):
-    """Refuse a checkpoint that does not fit, which the Runner would fill up with random weights."""
-
-    def after_load_checkpoint(self, runner, checkpoint):
-        try:
-            load_state_dict(runner.model, checkpoint.get('state_dict', checkpoint), strict=True)
-        except RuntimeError as error:
-            raise UsageError(f'checkpoint is not one of this model: {one_line(error)}') from None
-
-
 class BoxesOnlyHook(Hook):
     """Remove a detector's mask head for test-time augmentation.
 
@@ -177,6 +168,7 @@ class BoxesOnlyHook(Hook):
 @one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
+    check_backend()
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     notes = [import_modules(cfg)]
     if args.amp:

@@ -8,14 +8,17 @@ from mmvssm.engine.config import (
     AMP_DTYPES,
     CfgOptions,
     UsageError,
+    check_backend,
     import_modules,
     is_main_rank,
     keep_boxes_fp32,
     load_config,
     one_line_errors,
     set_amp,
+    type_name,
 )
-from mmvssm.engine.data_check import check_data, check_pretrained, check_resume
+from mmvssm.engine.data_check import check_data, check_load_from, check_pretrained, resume_checkpoint
+from mmvssm.engine.hooks import PartialLoadingHook, StrictLoadingHook
 
 
 def parse_args(argv=None):
@@ -39,9 +42,23 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def drop_pretrained(cfg):
+    """Leave out the backbone's checkpoint, whose weights a resumed run would replace.
+
+    Returns:
+        str: What was left out.
+    """
+    init_cfg = (cfg.model.get('backbone') or {}).get('init_cfg') or {}
+    if not isinstance(init_cfg, dict) or type_name(init_cfg) != 'Pretrained':
+        return ''
+    cfg.model.backbone.init_cfg = None
+    return f'--resume: the pretrained checkpoint {init_cfg.checkpoint} is not read again'
+
+
 @one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
+    check_backend()
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     notes = [import_modules(cfg)]
     if args.amp:
@@ -58,16 +75,20 @@ def main(argv=None):
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
+    resumed = resume_checkpoint(cfg)
+    if resumed:
+        notes.append(drop_pretrained(cfg))
     if is_main_rank():
         check_data(cfg, ('train', 'val'))
         check_pretrained(cfg)
-        check_resume(cfg)
+        check_load_from(cfg, resumed)
 
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     for note in filter(None, notes):
         runner.logger.info(note)
     if args.amp:
         keep_boxes_fp32(runner.model)
+    runner.register_hook(StrictLoadingHook() if cfg.get('resume') else PartialLoadingHook())
     runner.train()
 
 

@@ -7,13 +7,18 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.utils import apply_to, import_modules_from_strings
+
+from mmvssm import kernels
+from mmvssm.kernels import BackendError
 
 AMP_DTYPES = dict(bf16='bfloat16', fp16='float16')
 
@@ -30,14 +35,37 @@ def is_main_rank():
 
 @contextmanager
 def one_line_errors():
-    """Turn a :class:`UsageError` into one line on stderr, from the main rank only, and exit code 1.
+    """Turn the user's mistakes into one line on stderr, from the main rank only, and exit code 1.
 
-    Use as ``@one_line_errors()`` on a tool's ``main``. Other exceptions keep their traceback.
+    Those are a :class:`UsageError`, a ``BackendError`` of the kernels and what :func:`is_config_mistake`
+    finds. Use as ``@one_line_errors()`` on a tool's ``main``. Other exceptions keep their traceback.
     """
     try:
         yield
-    except UsageError as error:
-        raise SystemExit(f'error: {error}' if is_main_rank() else 1) from None
+    except Exception as error:
+        if isinstance(error, (UsageError, BackendError)):
+            message = str(error)
+        elif is_config_mistake(error):
+            message = one_line(error, most=1000)
+        else:
+            raise
+        raise SystemExit(f'error: {message}' if is_main_rank() else 1) from None
+
+
+def is_config_mistake(error):
+    """Whether an exception says that a part of the config cannot be built or initialised as asked for.
+
+    It does if it was raised below ``build_from_cfg`` or ``init_weights`` by this package or by the registries of
+    MMEngine, whose messages are complete. Anything else may be a bug, and so may what the training loop raises;
+    only files that cannot be read there are never one.
+    """
+    if not isinstance(error, (ValueError, TypeError, RuntimeError, KeyError, OSError)):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not {'build_from_cfg', 'init_weights'} & {frame.f_code.co_name for frame in frames}:
+        return False
+    module = frames[-1].f_globals.get('__name__', '')
+    return isinstance(error, OSError) or f'{module}.'.startswith(('mmvssm.', 'mmengine.registry.'))
 
 
 class CfgOptions(DictAction):
@@ -66,7 +94,8 @@ def load_config(path, options=None, work_dir=None, launcher='none'):
         Config: The config, ready for :func:`import_modules`.
 
     Raises:
-        UsageError: The file or one it is based on is missing or is not valid Python.
+        UsageError: The file or one it is based on is missing or is not valid Python, or an environment
+            variable that it reads is empty or missing.
     """
     if not os.path.isfile(path):
         raise UsageError(f'config: no such file: {os.path.abspath(path)}')
@@ -74,6 +103,11 @@ def load_config(path, options=None, work_dir=None, launcher='none'):
         cfg = Config.fromfile(path, import_custom_modules=False)
     except (OSError, SyntaxError, ModuleNotFoundError) as error:
         raise UsageError(f'config: cannot read {path}: {one_line(error)}') from None
+    except KeyError as error:
+        # MMEngine calls variables that are set to nothing missing.
+        empty = [name for name, value in os.environ.items() if not value and f'`{name}`' in str(error)]
+        why = f'environment variable {empty[0]} is empty; unset it or give it a value' if empty else one_line(error)
+        raise UsageError(f'config: cannot read {path}: {why}') from None
     merge_options(cfg, options or {})
     cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(path).stem)
     cfg.launcher = launcher
@@ -175,16 +209,32 @@ def import_modules(cfg):
 
 
 def _mmpretrain_error():
-    """Why MMPretrain cannot be imported beside the transformers that are installed, or ''."""
+    """Why MMPretrain cannot be imported beside transformers 5 or later, or ''; others are not tried."""
     if 'mmpretrain' in sys.modules and sys.modules['mmpretrain'] is None:
         return ''
-    if not (importlib.util.find_spec('mmpretrain') and importlib.util.find_spec('transformers')):
+    try:
+        major = int(importlib.metadata.version('transformers').split('.')[0])
+    except importlib.metadata.PackageNotFoundError:
+        return ''
+    if major < 5 or not importlib.util.find_spec('mmpretrain'):
         return ''
     try:
         importlib.import_module('mmpretrain.models')
     except Exception as error:
         return one_line(error)
     return ''
+
+
+def check_backend():
+    """Check that some operator has the backend asked for by the environment variable ``MMVSSM_BACKEND``."""
+    name = os.environ.get('MMVSSM_BACKEND')
+    operators = [item.name for item in pkgutil.iter_modules(kernels.__path__)
+                 if item.ispkg and not item.name.startswith('_')]
+    modules = [importlib.import_module(f'{kernels.__name__}.{operator}.dispatch') for operator in operators]
+    known = dict.fromkeys(backend.name for module in modules for backend in module.BACKENDS)
+    if name and name not in known:
+        raise UsageError(f'MMVSSM_BACKEND={name}: no such backend; there are {", ".join(known)}; unset it for '
+                         'the fastest that can run')
 
 
 def set_amp(cfg, dtype, training):
@@ -270,7 +320,7 @@ def type_name(item):
     return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
-def one_line(error):
-    """The class and text of an exception, without line breaks."""
-    text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text}'[:300]
+def one_line(error, most=300):
+    """The class and text of an exception, without line breaks and cut to ``most`` characters."""
+    text = f'{type(error).__name__}: {" ".join(str(error).split())}'
+    return text if len(text) <= most else f'{text[:most]} ...'

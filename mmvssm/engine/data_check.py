@@ -5,16 +5,23 @@ names the file, which path was looked at and how to set it.
 """
 import json
 import os
-from pickle import UnpicklingError
 
-import torch
 from mmengine.registry import DATASETS
-from mmengine.runner.checkpoint import find_latest_checkpoint, get_torch_safe_globals
+from mmengine.runner import find_latest_checkpoint
+
+from mmvssm.models.layers.checkpoint import read_checkpoint
 
 from .config import UsageError, as_list, one_line, type_name
 
 # Datasets of MMPretrain that fetch their files themselves.
 SELF_DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
+
+# What CocoDataset reads of every entry in the lists of a COCO file, and of a panoptic annotation.
+COCO_KEYS = dict(
+    images=('id', 'file_name', 'width', 'height'),
+    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
+    categories=('id', 'name'))
+PANOPTIC_KEYS = ('image_id', 'segments_info')
 
 
 def check_data(cfg, splits):
@@ -52,15 +59,20 @@ def check_pretrained(cfg):
         check_checkpoint(init_cfg.checkpoint, 'pretrained checkpoint', hint)
 
 
-def check_resume(cfg):
-    """Check the checkpoint that training goes on from, if it is there already."""
-    path = cfg.get('load_from')
-    if path is None and cfg.get('resume'):
-        path = find_latest_checkpoint(cfg.work_dir)
+def resume_checkpoint(cfg):
+    """The checkpoint that training goes on from, or None if it starts anew."""
+    if not cfg.get('resume'):
+        return None
+    return cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
+
+
+def check_load_from(cfg, resumed):
+    """Check the checkpoint ``resumed`` that training goes on from, or else the config's ``load_from``."""
+    path = resumed or cfg.get('load_from')
     if path is None:
         return
     checkpoint = check_checkpoint(path, 'checkpoint')
-    if cfg.get('resume') and checkpoint is not None and 'optimizer' not in checkpoint:
+    if resumed and checkpoint is not None and 'optimizer' not in checkpoint:
         raise UsageError(f'--resume: {path} holds weights but no optimizer; start from them with '
                          '--cfg-options load_from=FILE')
 
@@ -74,7 +86,7 @@ def check_checkpoint(path, what, hint=''):
         hint (str): How to give another.
 
     Returns:
-        dict: The checkpoint, on the CPU; None for an address.
+        Mapping: The checkpoint, on the CPU; None for an address.
 
     Raises:
         UsageError: The file is missing, truncated or not a checkpoint.
@@ -83,17 +95,15 @@ def check_checkpoint(path, what, hint=''):
         return None
     hint = f'; {hint}' if hint else ''
     file = os.path.abspath(path)
-    if not os.path.isfile(file):
-        raise UsageError(f'{what} not found: {file}{hint}')
     try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
-            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError) as error:
+        return read_checkpoint(file)
+    except FileNotFoundError:
+        raise UsageError(f'{what} not found: {file}{hint}') from None
+    except OSError as error:
         raise UsageError(f'{what} cannot be read: {file} ({one_line(error)}){hint}') from None
-    if not isinstance(checkpoint, dict):
-        raise UsageError(f'{what} holds a {type(checkpoint).__name__}, not a dict of weights: '
-                         f'{file}{hint}')
-    return checkpoint
+    except ValueError as error:
+        why = str(error).replace(f"checkpoint '{file}'", f'{what} {file}', 1)
+        raise UsageError(f'{why}{hint}') from None
 
 
 def _datasets(dataset, where):
@@ -154,30 +164,33 @@ def _require(cfg, where, key, path):
 
 
 def _check_coco(where, dataset, scope, ann_file, folder):
+    kind = _dataset_class(dataset, scope)
+    if not hasattr(kind, 'COCOAPI'):
+        return  # a format of its own, for its dataset to judge
     path = os.path.abspath(ann_file)
     try:
         with open(ann_file, encoding='utf-8') as file:
             coco = json.load(file)
     except ValueError as error:
         raise UsageError(f'{where}.ann_file: not valid JSON: {path} ({one_line(error)})') from None
-    if not isinstance(coco, dict) or not isinstance(coco.get('images'), list):
-        return  # a format of its own, for its dataset to judge
+    lvis = type_name(dataset).startswith('LVIS')  # names its images by coco_url
+    _check_entries(where, coco, path, named_by_url=lvis)
     if not coco['images']:
         raise UsageError(f'{where}.ann_file: names no images: {path}')
 
-    names = [image['file_name'] for image in coco['images'] if 'file_name' in image]
-    present = {}
-    for parent in {os.path.dirname(name) for name in names}:
-        in_folder = os.path.join(folder, parent)
-        present[parent] = set(os.listdir(in_folder)) if os.path.isdir(in_folder) else set()
-    missing = [name for name in names
-               if os.path.basename(name) not in present[os.path.dirname(name)]]
+    names = [] if lvis else [image['file_name'] for image in coco['images']]
+    sizes = _file_sizes(folder, names)
+    missing = [name for name in names if os.path.normpath(name) not in sizes]
     if missing:
         raise UsageError(f'{where}.ann_file: {len(missing)} of the {len(names)} images that {path} '
                          f'names are not in {os.path.abspath(folder)}: {", ".join(missing[:3])}'
                          f'{", ..." if len(missing) > 3 else ""}')
+    empty = [name for name in names if not sizes[os.path.normpath(name)]]
+    if empty:
+        raise UsageError(f'{where}.data_prefix.img: {len(empty)} of the {len(names)} images are empty files (0 '
+                         f'bytes), the first of them {os.path.abspath(os.path.join(folder, empty[0]))}')
     named = [category['name'] for category in coco.get('categories', [])]
-    classes = _classes(dataset, scope) or named
+    classes = _classes(dataset, kind) or named
     absent = [name for name in classes if name not in named]
     if absent:
         # CocoDataset would number the remaining classes anew, and their labels would be wrong.
@@ -203,14 +216,54 @@ def _check_coco_training(where, filters, wanted, coco, path):
                          f'images of {path} are smaller')
 
 
-def _classes(dataset, scope):
+def _check_entries(where, coco, path, named_by_url):
+    """Raise unless the lists of a COCO file are there and their entries have what ``CocoDataset`` reads."""
+    if not isinstance(coco, dict):
+        raise UsageError(f'{where}.ann_file: holds a {type(coco).__name__}, not an object with images: {path}')
+    for name, keys in COCO_KEYS.items():
+        entries = coco.get(name, None if name == 'images' else [])
+        if not isinstance(entries, list):
+            found = f'is a {type(entries).__name__}, not a list' if name in coco else 'is missing'
+            raise UsageError(f'{where}.ann_file: {name} {found}: {path}')
+        if named_by_url:
+            keys = [key for key in keys if key != 'file_name']
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                found = type(entry).__name__
+                raise UsageError(f'{where}.ann_file: {name}[{i}] is a {found}, not an object: {path}')
+            wanted = PANOPTIC_KEYS if name == 'annotations' and 'segments_info' in entry else keys
+            lacking = [key for key in wanted if entry.get(key) is None]
+            if lacking:
+                raise UsageError(f'{where}.ann_file: {name}[{i}] lacks {", ".join(lacking)}: {path}')
+
+
+def _file_sizes(folder, names):
+    """The sizes in bytes of the files beside the named ones, by normalised name below ``folder``."""
+    sizes = {}
+    for parent in {os.path.dirname(os.path.normpath(name)) for name in names}:
+        in_folder = os.path.join(folder, parent)
+        if not os.path.isdir(in_folder):
+            continue
+        with os.scandir(in_folder) as entries:
+            for entry in entries:
+                if entry.is_file():  # no link to what is gone
+                    sizes[os.path.join(parent, entry.name)] = entry.stat().st_size
+    return sizes
+
+
+def _dataset_class(dataset, scope):
+    """The class of a dataset, or None if no registry has it."""
+    kind = dataset.type
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(scope) as datasets:
+            kind = datasets.get(kind)
+    return kind
+
+
+def _classes(dataset, kind):
     """The classes that the dataset keeps, or None if it keeps all or reads them from a file."""
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
-        kind = dataset.type
-        if isinstance(kind, str):
-            with DATASETS.switch_scope_and_registry(scope) as datasets:
-                kind = datasets.get(kind)
         classes = getattr(kind, 'METAINFO', {}).get('classes')
     return None if isinstance(classes, str) else classes
 

@@ -1,5 +1,6 @@
 """tools/train.py, test.py and analysis/get_flops.py, on models and data of a few seconds."""
 import importlib.util
+import inspect
 import json
 import pickle
 import re
@@ -14,17 +15,23 @@ import torch
 from mmdet.datasets import CocoDataset
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS
+from mmengine.registry.build_functions import build_from_cfg
 
 from mmvssm.engine import config as engine_config
 from mmvssm.engine.config import (
     UsageError,
+    check_backend,
     keep_boxes_fp32,
     load_config,
+    one_line_errors,
     set_amp,
     set_data_root,
     set_pretrained,
 )
 from mmvssm.engine.data_check import check_checkpoint, check_data
+from mmvssm.kernels import BackendError
+from mmvssm.models.backbones import SpatialMamba
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / 'configs' / 'mask_rcnn_spatialmamba_t_1x.py'
@@ -179,6 +186,16 @@ class TestOptions:
         with pytest.raises(UsageError, match='no backbone'):
             set_pretrained(Config(dict(model=dict(type='Net'))), 'x.pth')
 
+    def test_empty_environment_variable(self, monkeypatch):
+        monkeypatch.setenv('COCO_ROOT', '')
+        with pytest.raises(UsageError, match='environment variable COCO_ROOT is empty; unset it'):
+            load_config(TINY)
+
+    def test_key_error_in_the_config(self, tmp_path):
+        (tmp_path / 'config.py').write_text("x = {}['gone']")
+        with pytest.raises(UsageError, match="cannot read .*config.py: KeyError: 'gone'"):
+            load_config(str(tmp_path / 'config.py'))
+
     def test_work_dir(self):
         assert load_config(TINY).work_dir == 'work_dirs/mask_rcnn_spatialmamba_t_1x'
         assert load_config(TINY, work_dir='/w').work_dir == '/w'
@@ -277,6 +294,17 @@ class TestDataCheck:
          '1 of the 2 images .* are not in .*train2017: gone.jpg'),
         (lambda coco: [image.update(height=20) for image in coco['images']],
          'min_size=32: all 2 annotated images of .* are smaller'),
+        (lambda coco: coco.update(images={}), 'images is a dict, not a list: .*train2017.json'),
+        (lambda coco: coco.pop('images'), 'images is missing'),
+        (lambda coco: coco.update(annotations='x'), 'annotations is a str, not a list'),
+        (lambda coco: coco['images'].append(3), r'images\[2\] is a int, not an object'),
+        (lambda coco: coco['images'][1].pop('file_name'), r'images\[1\] lacks file_name: /.*json'),
+        (lambda coco: [coco['images'][0].pop(key) for key in ('id', 'width', 'height')],
+         r'images\[0\] lacks id, width, height'),
+        (lambda coco: [coco['annotations'][1].pop(key) for key in ('image_id', 'category_id')],
+         r'annotations\[1\] lacks image_id, category_id'),
+        (lambda coco: coco['annotations'][0].pop('id'), r'annotations\[0\] lacks id'),
+        (lambda coco: coco['categories'][4].pop('name'), r'categories\[4\] lacks name'),
     ])
     def test_bad_annotations(self, coco, change, message):
         edit(coco[0] / 'annotations' / 'instances_train2017.json', change)
@@ -286,6 +314,44 @@ class TestDataCheck:
     def test_not_json(self, coco):
         (coco[0] / 'annotations' / 'instances_train2017.json').write_text('{"images": [')
         with pytest.raises(UsageError, match='not valid JSON'):
+            check_data(load_config(*coco[1]), ['train'])
+
+    def test_a_list_is_no_annotation_file(self, coco):
+        (coco[0] / 'annotations' / 'instances_train2017.json').write_text('[]')
+        with pytest.raises(UsageError, match='holds a list, not an object with images'):
+            check_data(load_config(*coco[1]), ['train'])
+
+    def test_format_of_its_own(self, coco):
+        cfg = load_config(*coco[1])
+        cfg.train_dataloader.dataset.type = 'BaseDetDataset'
+        edit(coco[0] / 'annotations' / 'instances_train2017.json',
+             lambda coco: coco['images'][1].pop('file_name'))
+        check_data(cfg, ['train'])
+
+    def test_lvis_names_images_by_url(self, coco):
+        cfg = load_config(*coco[1])
+        cfg.train_dataloader.dataset.type = 'LVISV1Dataset'
+        cfg.train_dataloader.dataset.metainfo = dict(classes=('person',))
+        edit(coco[0] / 'annotations' / 'instances_train2017.json',
+             lambda coco: [image.pop('file_name') for image in coco['images']])
+        check_data(cfg, ['train'])
+
+    def test_file_names_need_not_be_normal(self, coco):
+        edit(coco[0] / 'annotations' / 'instances_train2017.json', lambda coco: coco['images'][1].update(
+            file_name='./' + coco['images'][1]['file_name']))
+        check_data(load_config(*coco[1]), ['train'])
+
+    def test_empty_image(self, coco):
+        image = coco[0] / 'train2017' / f'{2:012}.jpg'
+        image.write_bytes(b'')
+        with pytest.raises(UsageError, match=rf'1 of the 2 images are empty files .* {image}'):
+            check_data(load_config(*coco[1]), ['train'])
+
+    def test_broken_link(self, coco):
+        image = coco[0] / 'train2017' / f'{2:012}.jpg'
+        image.unlink()
+        image.symlink_to('/gone.jpg')
+        with pytest.raises(UsageError, match='1 of the 2 images .* are not in'):
             check_data(load_config(*coco[1]), ['train'])
 
     def test_missing_annotation_file(self, coco):
@@ -339,8 +405,14 @@ class TestCheckpointCheck:
         path = tmp_path / 'cut.pth'
         torch.save(dict(state_dict=dict(a=torch.zeros(1000))), path)
         path.write_bytes(path.read_bytes()[:2000])
+        with pytest.raises(UsageError, match=rf'^my file {path} \(2000 bytes\) cannot be read: .*; try X$'):
+            check_checkpoint(str(path), 'my file', 'try X')
+
+    @pytest.mark.parametrize('content', [b'', b'abc', b'\x80\x02}', b'\x80\x04\x95'])
+    def test_damaged(self, tmp_path, content):
+        (tmp_path / 'damaged.pth').write_bytes(content)
         with pytest.raises(UsageError, match='cannot be read'):
-            check_checkpoint(str(path), 'checkpoint')
+            check_checkpoint(str(tmp_path / 'damaged.pth'), 'checkpoint')
 
     def test_not_a_checkpoint(self, tmp_path):
         path = tmp_path / 'page.pth'
@@ -399,6 +471,73 @@ class TestImports:
             engine_config.import_modules(cfg)
 
 
+    @pytest.mark.parametrize('version, tried', [('4.57.1', False), ('5.0.0', True), ('10.1', True)])
+    def test_only_new_transformers_are_blamed(self, monkeypatch, version, tried):
+        def fail(name):
+            raise ImportError('no name X')
+
+        monkeypatch.setattr(engine_config.importlib.metadata, 'version', lambda name: version)
+        monkeypatch.setattr(engine_config.importlib.util, 'find_spec', lambda name: True)
+        monkeypatch.setattr(engine_config.importlib, 'import_module', fail)
+        assert engine_config._mmpretrain_error() == ('ImportError: no name X' if tried else '')
+
+    def test_no_transformers(self, monkeypatch):
+        def version(name):
+            raise engine_config.importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(engine_config.importlib.metadata, 'version', version)
+        monkeypatch.setattr(engine_config.importlib, 'import_module', lambda name: pytest.fail('imported'))
+        assert engine_config._mmpretrain_error() == ''
+
+
+class TestOneLineErrors:
+
+    def build(self, **cfg):
+        with one_line_errors():
+            MODELS.build(cfg)
+
+    def test_backbone(self):
+        with pytest.raises(SystemExit, match=r"^error: ValueError: .*SpatialMamba: arch='huge', expected one"):
+            self.build(type='SpatialMamba', arch='huge')
+
+    def test_registry(self):
+        with pytest.raises(SystemExit, match='^error: KeyError: .*Gone is not in the'):
+            self.build(type='Gone')
+        with pytest.raises(SystemExit, match="^error: TypeError: .*unexpected keyword argument 'size'"):
+            self.build(type='SpatialMamba', size=3)
+
+    def test_backend(self):
+        with pytest.raises(SystemExit, match='^error: op: no backend'), one_line_errors():
+            raise BackendError('op: no backend')
+
+    @pytest.mark.parametrize('kind', [ValueError, TypeError, RuntimeError, KeyError])
+    def test_bugs_keep_their_traceback(self, kind):
+        class Buggy:
+            def __init__(self):
+                raise kind('bug')
+
+            def forward(self):
+                SpatialMamba(dict(embed_dims=16, depths=[1, 1, 1, 1])).forward('no tensor')
+
+        with pytest.raises(kind, match='bug'), one_line_errors():
+            Buggy()
+        if 'type(e)' not in inspect.getsource(build_from_cfg):  # the original MMEngine says what was built
+            with pytest.raises(kind, match='bug'):
+                self.build(type=Buggy)
+        # Our own errors outside of building: a traceback says where the tensor came from.
+        with pytest.raises(TypeError, match='input is a str'), one_line_errors():
+            Buggy.forward(None)
+
+    def test_backend_is_checked_up_front(self, monkeypatch):
+        monkeypatch.setenv('MMVSSM_BACKEND', 'nonsense')
+        for tool in (train, test):
+            with pytest.raises(SystemExit, match='^error: MMVSSM_BACKEND=nonsense: no such .* are .*torch'):
+                tool.main(['gone.py', 'gone.pth'][:1 if tool is train else 2])
+        for name in ('torch', ''):
+            monkeypatch.setenv('MMVSSM_BACKEND', name)
+            check_backend()
+
+
 class TestTrain:
 
     @pytest.mark.parametrize('arguments, message', [
@@ -442,6 +581,77 @@ class TestTrain:
         torch.save(dict(state_dict={}), tmp_path / 'weights.pth')
         with pytest.raises(SystemExit, match='holds weights but no optimizer'):
             train.main([str(trained / 'config.py'), '--resume', str(tmp_path / 'weights.pth')])
+
+    @pytest.mark.parametrize('option, message', [
+        ('model.backbone.arch.depths=[1,2]', r"ValueError: .*SpatialMamba: arch\['depths'\]=\[1, 2\], expected 4"),
+        ('model.backbone.type=Gone', 'KeyError: .*Gone is not in the'),
+        ('pretrained={tmp}/odd.pth', "RuntimeError: checkpoint '.*/odd.pth' does not fit: "),
+    ])
+    def test_what_cannot_be_built_is_one_line(self, trained, tmp_path, monkeypatch, option, message):
+        monkeypatch.setenv('COCO_ROOT', str(trained / 'coco'))
+        torch.save(dict(state_dict=dict(a=torch.zeros(1))), tmp_path / 'odd.pth')
+        with pytest.raises(SystemExit, match=f'^error: {message}') as exit_info:
+            train.main([str(trained / 'config.py'), '--work-dir', str(tmp_path), '--cfg-options',
+                        option.format(tmp=tmp_path)])
+        assert '\n' not in exit_info.value.code
+
+    def test_resume_is_strict(self, trained, tmp_path, monkeypatch):
+        monkeypatch.setenv('COCO_ROOT', str(trained / 'coco'))
+        checkpoint = torch.load(trained / 'run' / 'epoch_1.pth', weights_only=False)
+        del checkpoint['state_dict']['rpn_head.rpn_cls.weight']
+        torch.save(checkpoint, tmp_path / 'cut.pth')
+        with pytest.raises(SystemExit, match='not one of this model: .*missing keys .*rpn_head.rpn_cls.weight'):
+            train.main([str(trained / 'config.py'), '--work-dir', str(tmp_path), '--resume',
+                        str(tmp_path / 'cut.pth')])
+
+    @pytest.fixture
+    def starting(self, trained, tmp_path, monkeypatch):
+        """Start training from some weights and stop before the first step."""
+        monkeypatch.setenv('COCO_ROOT', str(trained / 'coco'))
+        monkeypatch.setattr('mmengine.runner.EpochBasedTrainLoop.run', lambda loop: None)
+
+        def start(weights, *options):
+            torch.save(dict(state_dict=weights), tmp_path / 'start.pth')
+            train.main([str(trained / 'config.py'), '--work-dir', str(tmp_path), '--cfg-options',
+                        f'load_from={tmp_path / "start.pth"}', *options])
+
+        state = torch.load(trained / 'run' / 'epoch_1.pth', weights_only=False)['state_dict']
+        return start, state
+
+    def test_load_from_with_other_classes(self, starting, tmp_path):
+        start, state = starting
+        start({**{f'module.{name}': value for name, value in state.items()}, 'more': torch.zeros(1)},
+              'model.roi_head.bbox_head.num_classes=7')
+        log = run_log(tmp_path)
+        total = sum('num_batches' not in name for name in state)
+        assert f'load_from: {total - 4} of the {total} weights of the model are in the checkpoint' in log
+        box = 'roi_head.bbox_head.fc'
+        assert f'of another shape: {box}_cls.weight, {box}_cls.bias, {box}_reg.weight, {box}_reg.bias\n' in log
+        assert 'load_from: not in the model: more\n' in log
+
+    @pytest.mark.parametrize('change', [
+        lambda state: {},
+        lambda state: dict(a=torch.zeros(1)),
+        lambda state: {name: value for name, value in state.items() if not name.startswith('backbone.')},
+        lambda state: {name.removeprefix('backbone.'): value for name, value in state.items()},
+        lambda state: {name: value[:1] for name, value in state.items() if value.dim()},
+    ])
+    def test_load_from_what_does_not_fit(self, starting, change):
+        start, state = starting
+        with pytest.raises(SystemExit, match='^error: load_from: [0-9]+ of the [0-9]+ weights of the backbone'):
+            start(change(state))
+
+    def test_resume_without_the_pretrained_file(self, trained, tmp_path, monkeypatch):
+        monkeypatch.setenv('COCO_ROOT', str(trained / 'coco'))
+        arguments = [str(trained / 'config.py'), '--work-dir', str(tmp_path), '--resume',
+                     '--cfg-options', 'pretrained=/gone.pth']
+        with pytest.raises(SystemExit, match='pretrained checkpoint not found'):
+            train.main(arguments)  # nothing to resume from yet
+        (tmp_path / 'last_checkpoint').write_text(str(trained / 'run' / 'epoch_1.pth'))
+        train.main(arguments)
+        log = run_log(tmp_path)
+        assert 'the pretrained checkpoint /gone.pth is not read again' in log
+        assert 'resumed epoch: 1' in log
 
     def test_epoch(self, trained):
         assert (trained / 'run' / 'epoch_1.pth').is_file()

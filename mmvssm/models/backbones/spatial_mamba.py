@@ -120,7 +120,8 @@ class StructureAwareSSM(nn.Module):
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv2d(x, activation='silu')
         dt, B, C = F.linear(x, self.x_proj_weight).split((self.rank, self.d_state, self.d_state), -1)
-        h = selective_scan(x.flatten(1, 2), dt.flatten(1, 2), -self.A_logs.to(compute_dtype(self.A_logs)).exp(), B.flatten(1, 2),
+        A = -self.A_logs.to(compute_dtype(self.A_logs)).exp()
+        h = selective_scan(x.flatten(1, 2), dt.flatten(1, 2), A, B.flatten(1, 2),
                            dt_weight=self.dt_projs_weight, dt_bias=self.dt_projs_bias)
         y = self.state_fusion(h.unflatten(1, (height, width)), C, x, self.Ds)
         norm = self.out_norm

@@ -79,7 +79,8 @@ class VisionSSM(BaseModule):
         if not isinstance(dims, int) or dims < 2 or dims % 2:
             raise ValueError(f"{name}: arch['embed_dims']={dims!r}, expected an even integer: the width of "
                              'the first stage')
-        if not isinstance(depths, Sequence) or len(depths) != 4 or not all(isinstance(d, int) and d > 0 for d in depths):
+        if not isinstance(depths, Sequence) or len(depths) != 4 \
+                or not all(isinstance(d, int) and d > 0 for d in depths):
             raise ValueError(f"{name}: arch['depths']={depths!r}, expected 4 positive integers: blocks of each "
                              'stage')
         return arch
@@ -110,19 +111,19 @@ class VisionSSM(BaseModule):
     def _load_pretrained(self, checkpoint=None, prefix='', map_location='cpu'):
         name = type(self).__name__
         if not checkpoint:
-            raise ValueError(f'{name}: init_cfg has checkpoint={checkpoint!r}, expected a file; init_cfg=None trains '
-                             'from scratch')
+            raise ValueError(f'{name}: init_cfg has checkpoint={checkpoint!r}, expected a file; init_cfg=None '
+                             'trains from scratch')
         try:
             weights = read_checkpoint(checkpoint)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; set init_cfg to dict(type='Pretrained', checkpoint=FILE), or to None "
-                                    'to train from scratch') from None
+            raise FileNotFoundError(f"{error}; set init_cfg to dict(type='Pretrained', checkpoint=FILE), or to "
+                                    'None to train from scratch') from None
         if prefix:
             inner = next((weights[key] for key in WRAPPERS if isinstance(weights.get(key), Mapping)), weights)
             weights = {n[len(prefix):].lstrip('.'): t for n, t in inner.items() if n.startswith(prefix)}
             if not weights:
-                raise ValueError(f"{name}: init_cfg has prefix='{prefix}', but no name in '{checkpoint}' starts so; "
-                                 f'the first are {list(inner)[:3]}')
+                raise ValueError(f"{name}: init_cfg has prefix='{prefix}', but no name in '{checkpoint}' starts "
+                                 f'so; the first are {list(inner)[:3]}')
         print_log(f'{name}: weights from {checkpoint}', logger='current')
         try:
             self.load_state_dict(weights)
