@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .checkpoint import WRAPPERS, read_checkpoint, unwrap
+from .checkpoint import read_checkpoint, unwrap, weights_of
 
 
 class VisionSSM(BaseModule):
@@ -108,8 +108,8 @@ class VisionSSM(BaseModule):
             self.reset_parameters()
         self._is_init = True
 
-    def _load_pretrained(self, checkpoint=None, prefix='', map_location='cpu'):
-        name = type(self).__name__
+    def _load_pretrained(self, checkpoint=None, prefix='', map_location=None):
+        name = type(self).__name__  # map_location is MMEngine's; weights go where the parameters are
         if not checkpoint:
             raise ValueError(f'{name}: init_cfg has checkpoint={checkpoint!r}, expected a file; init_cfg=None '
                              'trains from scratch')
@@ -119,7 +119,7 @@ class VisionSSM(BaseModule):
             raise FileNotFoundError(f"{error}; set init_cfg to dict(type='Pretrained', checkpoint=FILE), or to "
                                     'None to train from scratch') from None
         if prefix:
-            inner = next((weights[key] for key in WRAPPERS if isinstance(weights.get(key), Mapping)), weights)
+            inner = weights_of(weights)
             weights = {n[len(prefix):].lstrip('.'): t for n, t in inner.items() if n.startswith(prefix)}
             if not weights:
                 raise ValueError(f"{name}: init_cfg has prefix='{prefix}', but no name in '{checkpoint}' starts "

@@ -58,16 +58,22 @@ def read_checkpoint(filename):
     return content
 
 
+def weights_of(checkpoint):
+    """The mapping of names to tensors inside ``checkpoint``, without wrapping keys."""
+    while (inner := next((checkpoint[key] for key in WRAPPERS
+                          if isinstance(checkpoint.get(key), Mapping)), None)) is not None:
+        checkpoint = inner
+    return checkpoint
+
+
 def unwrap(checkpoint):
     """The mapping of names to tensors inside ``checkpoint``, without wrapping keys and prefixes.
 
     ``module.`` is taken off where every name has it. Where names start with ``backbone.``, those alone are
-    returned if the others belong to modules of a larger model (``neck``, ``*head``, ``data_preprocessor``); an
+    returned if the others belong to modules of a larger model (``neck``, ``*head``, ``data_preprocessor``); any
     other name among them is kept, for the caller to report.
     """
-    while (inner := next((checkpoint[key] for key in WRAPPERS
-                          if isinstance(checkpoint.get(key), Mapping)), None)) is not None:
-        checkpoint = inner
+    checkpoint = weights_of(checkpoint)
     wrapper, backbone = PREFIXES
     if checkpoint and all(str(name).startswith(wrapper) for name in checkpoint):
         checkpoint = {name[len(wrapper):]: value for name, value in checkpoint.items()}
