@@ -47,7 +47,7 @@ def extension():
                       'MMVSSM_BUILD_EXT=1 makes this an error.', file=sys.stderr)
                 self.extensions.clear()
 
-    rooms = ('depthwise_conv', 'norm_gate', 'selective_scan', 'state_fusion')
+    rooms = ('depthwise_conv', 'norm_gate', 'quadtree', 'selective_scan', 'state_fusion')
     core = ('dispatch', 'isa_baseline', 'isa_avx2', 'isa_avx512')
     sources = [f'kernels/_core/csrc/{name}.cpp' for name in core]
     sources += [f'kernels/{room}/csrc/cpu/op.cpp' for room in rooms]

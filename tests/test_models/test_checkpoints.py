@@ -8,27 +8,28 @@ from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from mmvssm.models.backbones import SpatialMamba
+from mmvssm.models.backbones import QuadMamba, SpatialMamba
 
 MICRO = dict(embed_dims=8, depths=(1, 1, 1, 1))
 
 
-def build(**kwargs):
+def build(family=SpatialMamba, **kwargs):
     torch.manual_seed(0)
-    return SpatialMamba(MICRO, **kwargs)
+    return family(MICRO, **kwargs)
 
 
-def dense_weights():
+def dense_weights(family=SpatialMamba):
     """The names of the authors' dense models, with values unlike any fresh backbone's."""
     generator = torch.Generator().manual_seed(1)
     return {name: torch.randint(-9, 9, t.shape, generator=generator).to(t.dtype)
-            for name, t in build().state_dict().items()}
+            for name, t in build(family).state_dict().items()}
 
 
-def classifier_weights(classes=5):
-    weights = {n: t for n, t in dense_weights().items() if not n.startswith('outnorm')}
-    return weights | {'norm.weight': torch.full((64,), 3.), 'norm.bias': torch.full((64,), 4.),
-                      'head.weight': torch.zeros(classes, 64), 'head.bias': torch.zeros(classes)}
+def classifier_weights(family=SpatialMamba, classes=5):
+    weights = {n: t for n, t in dense_weights(family).items() if not n.startswith('outnorm')}
+    norm, head = family.classifier_prefixes
+    return weights | {f'{norm}weight': torch.full((64,), 3.), f'{norm}bias': torch.full((64,), 4.),
+                      f'{head}weight': torch.zeros(classes, 64), f'{head}bias': torch.zeros(classes)}
 
 
 def prefixed(weights, prefix):
@@ -51,33 +52,56 @@ def wrap(request):
     return WRAPPED[request.param]
 
 
+@pytest.fixture(params=[SpatialMamba, QuadMamba], ids=lambda family: family.__name__)
+def family(request):
+    return request.param
+
+
 def assert_loaded(model, weights):
     assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
 
 
-def test_dense_checkpoint(wrap):
-    model, weights = build(), dense_weights()
+def test_dense_checkpoint(family, wrap):
+    model, weights = build(family), dense_weights(family)
     model.load_state_dict(wrap(weights))
     assert_loaded(model, weights)
 
 
-def test_classifier_for_dense_tasks_keeps_fresh_output_norms(wrap):
-    model, weights = build(), classifier_weights()
+def test_classifier_for_dense_tasks_keeps_fresh_output_norms(family, wrap):
+    model, weights = build(family), classifier_weights(family)
     fresh = {n: t.clone() for n, t in model.state_dict().items() if n.startswith('outnorm')}
     model.load_state_dict(wrap(weights))
     assert_loaded(model, weights | fresh)
 
 
-def test_classifier_for_classification_keeps_its_norm(wrap):
-    model, weights = build(out_indices=(3,)), classifier_weights()
+def test_classifier_for_classification_keeps_its_norm(family, wrap):
+    model, weights = build(family, out_indices=(3,)), classifier_weights(family)
     model.load_state_dict(wrap(weights))
-    assert_loaded(model, weights | {f'outnorm3.{k}': weights[f'norm.{k}'] for k in ('weight', 'bias')})
+    norm = family.classifier_prefixes[0]
+    assert_loaded(model, weights | {f'outnorm3.{k}': weights[norm + k] for k in ('weight', 'bias')})
 
 
-def test_init_cfg_takes_the_file(wrap, tmp_path):
-    weights, file = dense_weights(), tmp_path / 'authors.pth'
+def older_names(weights):
+    """Of QuadMamba's first files."""
+    return {name.replace('.norm.', '.ln_1.').replace('.op.', '.self_attention.')
+            .replace('classifier.ln_1.', 'norm.').replace('classifier.head.', 'head.'): t
+            for name, t in weights.items()}
+
+
+@pytest.mark.parametrize('weights', [dense_weights, classifier_weights])
+def test_older_names_of_quadmamba(weights, wrap):
+    weights = weights(QuadMamba)
+    assert {'layers.0.blocks.0.ln_1.weight', 'layers.0.blocks.0.self_attention.Ds'} <= set(older_names(weights))
+    expected, model = build(QuadMamba, out_indices=(3,)), build(QuadMamba, out_indices=(3,))
+    expected.load_state_dict(weights)
+    model.load_state_dict(wrap(older_names(weights)))
+    assert_loaded(model, expected.state_dict())
+
+
+def test_init_cfg_takes_the_file(family, wrap, tmp_path):
+    weights, file = dense_weights(family), tmp_path / 'authors.pth'
     torch.save(wrap(weights), file)
-    model = build(init_cfg=dict(type='Pretrained', checkpoint=str(file)))
+    model = build(family, init_cfg=dict(type='Pretrained', checkpoint=str(file)))
     model.init_weights()
     assert_loaded(model, weights)
 
@@ -88,13 +112,13 @@ def test_fewer_stages_take_their_part_of_the_file():
     assert_loaded(model, weights)
 
 
-def test_inside_a_detector(tmp_path):
+def test_inside_a_detector(family, tmp_path):
     """MMEngine loads submodules one by one, with a prefix."""
-    detector = nn.ModuleDict(dict(backbone=build(), neck=nn.Linear(2, 2)))
-    weights, file = classifier_weights(), tmp_path / 'detector.pth'
+    detector = nn.ModuleDict(dict(backbone=build(family), neck=nn.Linear(2, 2)))
+    weights, file = classifier_weights(family), tmp_path / 'detector.pth'
     torch.save({'state_dict': prefixed(weights, 'backbone.') | prefixed(nn.Linear(2, 2).state_dict(), 'neck.')},
                file)
-    fresh = {n: t.clone() for n, t in build().state_dict().items() if n.startswith('outnorm')}
+    fresh = {n: t.clone() for n, t in build(family).state_dict().items() if n.startswith('outnorm')}
     load_checkpoint(detector, str(file), strict=True)
     assert_loaded(detector['backbone'], weights | fresh)
 

@@ -1,5 +1,6 @@
 """Parity with the authors' own models and CUDA kernels; see tests/data/golden/README.md."""
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 
 from mmvssm.kernels import use_backend
 from mmvssm.kernels._core.extension import why_not_loaded
-from mmvssm.models.backbones import SpatialMamba
+from mmvssm.models.backbones import QuadMamba, SpatialMamba
+from mmvssm.models.backbones.quad_mamba import QuadtreeSSM
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 spec = importlib.util.spec_from_file_location('golden_rule', GOLDEN / 'rule.py')
@@ -18,19 +20,32 @@ spec.loader.exec_module(rule)
 
 FEATURES, GRADIENTS = 2e-5, 2e-4  # relative, fp32
 
+FAMILIES = dict(spatialmamba=SpatialMamba, quadmamba=QuadMamba)
+NAMES = [f'spatialmamba_{variant}' for variant in ('micro', 't', 's', 'b')]
+NAMES += [f'quadmamba_{variant}' for variant in ('micro', 'li', 't', 's', 'b')]
 
-BACKENDS = [pytest.param('cpu', marks=pytest.mark.skipif(bool(why_not_loaded()), reason=str(why_not_loaded()))),
-            'torch']
+BACKENDS = ['cpu', 'torch']
+
+
+def describe(name):
+    """The class of a golden file's model, its arch and the file's description."""
+    meta = json.loads((GOLDEN / f'{name}.json').read_text())
+    arch = dict(embed_dims=meta['config']['dims'], depths=meta['config']['depths'])
+    return FAMILIES[name.split('_')[0]], arch, meta
 
 
 def load(name, **kwargs):
     """The backbone with golden weights, its image, the expected arrays and the description."""
-    meta = json.loads((GOLDEN / f'{name}.json').read_text())
-    arch = dict(embed_dims=meta['config']['dims'], depths=meta['config']['depths'])
-    model = SpatialMamba(arch, **kwargs)
+    family, arch, meta = describe(name)
+    model = family(arch, **kwargs)
     model.load_state_dict(tensors(meta['backbone_shapes']))
     image = torch.from_numpy(rule.image(name, meta['image']))
     return model, image, np.load(GOLDEN / f'{name}.npz'), meta
+
+
+def skip_without(backend):
+    if backend == 'cpu' and why_not_loaded():
+        pytest.skip(why_not_loaded())
 
 
 def tensors(shapes):
@@ -44,9 +59,9 @@ def error(value, expected):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-@pytest.mark.parametrize('name', ['micro', 't', 's', 'b'])
+@pytest.mark.parametrize('name', NAMES)
 def test_features(name, backend):
-    name = f'spatialmamba_{name}'
+    skip_without(backend)
     model, image, expected, _ = load(name)
     with torch.inference_mode(), use_backend(backend):
         features = model.eval()(image)
@@ -54,28 +69,34 @@ def test_features(name, backend):
     assert max(errors) <= FEATURES, errors
 
 
-@pytest.mark.parametrize('name', ['micro', 't', 's', 'b'])
+@pytest.mark.parametrize('name', NAMES)
 def test_logits_from_the_classification_checkpoint(name):
-    name = f'spatialmamba_{name}'
     _, image, expected, meta = load(name)
-    arch = dict(embed_dims=meta['config']['dims'], depths=meta['config']['depths'])
+    family, arch, _ = describe(name)
     weights = tensors(meta['classifier_shapes'])
-    model = SpatialMamba(arch, out_indices=(3,)).eval()
+    model = family(arch, out_indices=(3,)).eval()
     model.load_state_dict({'model': weights})
+    head = family.classifier_prefixes[1]
     with torch.inference_mode():
         pooled = model(image)[0].mean((2, 3))
-        logits = torch.nn.functional.linear(pooled, weights['head.weight'], weights['head.bias'])
+        logits = torch.nn.functional.linear(pooled, weights[f'{head}weight'], weights[f'{head}bias'])
     assert error(logits, expected['eval_logits']) <= FEATURES
 
 
-@pytest.fixture(scope='module', params=BACKENDS)
+@pytest.fixture(scope='module', params=itertools.product(['spatialmamba_micro', 'quadmamba_micro'], BACKENDS),
+                ids=lambda param: '-'.join(map(str, param)))
 def trained(request):
     """Gradients of the golden loss by parameter name, and what they should be."""
-    name = 'spatialmamba_micro'
+    name, backend = request.param
+    skip_without(backend)
     model, image, expected, _ = load(name, norm_eval=True, drop_path_rate=0.)
     image.requires_grad_()
-    with use_backend(request.param):
-        features = model.train()(image)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, QuadtreeSSM):
+            module.training = False  # the golden files have the best window, not a sampled one
+    with use_backend(backend):
+        features = model(image)
         loss = sum((f * torch.from_numpy(rule.cotangent(name, i, f.shape))).sum() / f.numel()
                    for i, f in enumerate(features))
         loss.backward()
@@ -99,11 +120,13 @@ def test_every_gradient(trained):
 
 
 @pytest.mark.parametrize('arch, name, parameters', [
-    ('tiny', 't', 26_748_862), ('small', 's', 43_074_280), ('base', 'b', 95_745_592)])
+    ('tiny', 'spatialmamba_t', 26_748_862), ('small', 'spatialmamba_s', 43_074_280),
+    ('base', 'spatialmamba_b', 95_745_592), ('lite', 'quadmamba_li', 6_598_944),
+    ('tiny', 'quadmamba_t', 11_514_416), ('small', 'quadmamba_s', 31_252_176), ('base', 'quadmamba_b', 50_694_096)])
 def test_parameter_count_of_the_classifier(arch, name, parameters):
-    backbone = SpatialMamba(arch, out_indices=(3,))
+    family, _, meta = describe(name)
+    backbone = family(arch, out_indices=(3,))
     head = torch.nn.Linear(backbone.out_channels[0], 1000)
     assert sum(p.numel() for m in (backbone, head) for p in m.parameters()) == parameters
-    meta = json.loads((GOLDEN / f'spatialmamba_{name}.json').read_text())
-    own = {n: list(t.shape) for n, t in SpatialMamba(arch).state_dict().items()}
+    own = {n: list(t.shape) for n, t in family(arch).state_dict().items()}
     assert own == meta['backbone_shapes']

@@ -1,4 +1,4 @@
-"""CPU speed as ratios in one process: the backbone to MMPretrain's Swin-T on the same input, the selective scan
+"""CPU speed as ratios in one process: the backbones to MMPretrain's Swin-T on the same input, the selective scan
 to its step-by-step reference. Checks the scan against the reference before it times it."""
 import argparse
 import json
@@ -12,21 +12,21 @@ import torch
 
 import mmvssm
 from mmvssm.kernels import selective_scan, selective_scan_reference
-from mmvssm.models.backbones import SpatialMamba
+from mmvssm.models.backbones import QuadMamba, SpatialMamba
 
-#: name: (image shape, training step instead of inference, repeats, highest ratio allowed)
-MODEL_CASES = {
-    'inference 224x224 batch 1': ((1, 3, 224, 224), False, 21, 1.3),
-    'inference 800x1216 batch 1': ((1, 3, 800, 1216), False, 7, 1.0),
-    'training step 224x224 batch 4': ((4, 3, 224, 224), True, 9, 1.6),
-}
+#: backbone, arch, image shape, training step instead of inference, repeats, highest ratio allowed
+MODEL_CASES = (
+    (SpatialMamba, 'tiny', (1, 3, 224, 224), False, 21, 1.3),
+    (SpatialMamba, 'tiny', (1, 3, 800, 1216), False, 7, 1.0),
+    (SpatialMamba, 'tiny', (4, 3, 224, 224), True, 9, 1.6),
+    (QuadMamba, 'small', (1, 3, 224, 224), False, 21, 1.6),
+)
 SCAN_LENGTH, SCAN_DIM, SCAN_SPEEDUP = 3136, 128, 10
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--arch', default='tiny', choices=tuple(SpatialMamba.arch_settings))
     parser.add_argument('--out', type=Path, help='write the rows to this .json file as well')
     return parser.parse_args()
 
@@ -50,17 +50,17 @@ def row(name, ours, theirs, limit, baseline):
 
     ours_ms, theirs_ms = 1e3 * statistics.median(ours), 1e3 * statistics.median(theirs)
     ratio = ours_ms / theirs_ms
-    print(f'{name:38} {ours_ms:9.2f} ms  {baseline} {theirs_ms:9.2f} ms  ratio {ratio:6.3f}  {limit}', flush=True)
+    print(f'{name:52} {ours_ms:9.2f} ms  {baseline} {theirs_ms:9.2f} ms  ratio {ratio:6.3f}  {limit}', flush=True)
     return dict(case=name, baseline=baseline, ms_quartiles=quantiles(ours),
                 baseline_ms_quartiles=quantiles(theirs), ratio=round(ratio, 4), limit=limit)
 
 
-def model_rows(arch):
+def model_rows():
     from mmpretrain.models import SwinTransformer
-    torch.manual_seed(0)
-    ours, swin = SpatialMamba(arch), SwinTransformer('tiny', img_size=224, out_indices=(0, 1, 2, 3))
-    for name, (shape, training, repeats, limit) in MODEL_CASES.items():
-        image = torch.randn(shape)
+    swin = SwinTransformer('tiny', img_size=224, out_indices=(0, 1, 2, 3))
+    for family, arch, shape, training, repeats, limit in MODEL_CASES:
+        torch.manual_seed(0)
+        ours, image = family(arch), torch.randn(shape)
 
         def run(model, image=image, training=training):
             model.train(training)
@@ -70,7 +70,10 @@ def model_rows(arch):
                 model.zero_grad()
                 loss.backward()
 
-        times = alternate([lambda run=run: run(ours), lambda run=run: run(swin)], repeats)
+        times = alternate([lambda run=run, ours=ours: run(ours), lambda run=run: run(swin)], repeats)
+        batch, _, height, width = shape
+        name = (f"{family.__name__} {arch} {'training step' if training else 'inference'} {height}x{width} "
+                f'batch {batch}')
         yield row(name, *times, f'must be <= {limit}', 'Swin-T')
 
 
@@ -112,7 +115,7 @@ def main():
     reason = why_not_loaded()
     if reason:
         print(f'note: {reason}')
-    system = dict(cpu=platform.processor() or platform.machine(), threads=args.threads, arch=args.arch,
+    system = dict(cpu=platform.processor() or platform.machine(), threads=args.threads,
                   isa=None if reason else torch.ops.mmvssm_cpu.isa(), torch=torch.__version__,
                   python=platform.python_version(), mmvssm=mmvssm.__version__, command=' '.join(sys.argv))
     cpuinfo = Path('/proc/cpuinfo')
@@ -120,7 +123,7 @@ def main():
         system['cpu'] = next((line.split(':')[1].strip() for line in cpuinfo.read_text().splitlines()
                               if line.startswith('model name')), system['cpu'])
     print(', '.join(f'{key} {value}' for key, value in system.items()))
-    rows = [*scan_rows(), *model_rows(args.arch)]
+    rows = [*scan_rows(), *model_rows()]
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(dict(system=system, rows=rows), indent=1) + '\n')

@@ -2,6 +2,7 @@
 #pragma once
 #include "../../depthwise_conv/csrc/cpu/args.h"
 #include "../../norm_gate/csrc/cpu/args.h"
+#include "../../quadtree/csrc/cpu/args.h"
 #include "../../selective_scan/csrc/cpu/args.h"
 #include "../../state_fusion/csrc/cpu/args.h"
 
@@ -13,6 +14,7 @@ struct Tables {
   FusionTable<T> fusion;
   ConvTable<T> conv;
   NormGateTable<T> norm_gate;
+  QuadtreeTable<T> quadtree;
 };
 
 struct Kernels {

@@ -3,6 +3,7 @@
 
 #include "../../depthwise_conv/csrc/cpu/kernel.h"
 #include "../../norm_gate/csrc/cpu/kernel.h"
+#include "../../quadtree/csrc/cpu/kernel.h"
 #include "../../selective_scan/csrc/cpu/kernel.h"
 #include "../../state_fusion/csrc/cpu/kernel.h"
 
@@ -11,7 +12,7 @@ namespace MMVSSM_ISA {
 
 template <typename T>
 constexpr Tables<T> tables() {
-  return {scan_table<T>(), fusion_table<T>(), conv_table<T>(), norm_gate_table<T>()};
+  return {scan_table<T>(), fusion_table<T>(), conv_table<T>(), norm_gate_table<T>(), quadtree_table<T>()};
 }
 
 }  // namespace MMVSSM_ISA

@@ -1,3 +1,4 @@
+from .quad_mamba import QuadMamba
 from .spatial_mamba import SpatialMamba
 
-__all__ = ['SpatialMamba']
+__all__ = ['QuadMamba', 'SpatialMamba']

@@ -15,9 +15,10 @@ from torch import nn
 from mmvssm.kernels import norm_gate, selective_scan, state_fusion
 from mmvssm.kernels._core.precision import compute_dtype
 
-from ..layers.backbone import VisionSSM
+from ..layers.backbone import Stage, VisionSSM
 from ..layers.depthwise import DepthwiseConv
 from ..layers.mlp import MLP
+from ..layers.ssm import reset_scan_parameters
 
 LN_EPS = 1e-5
 
@@ -103,17 +104,9 @@ class StructureAwareSSM(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.reset_ssm_parameters()
 
-    @torch.no_grad()
-    def reset_ssm_parameters(self, dt_min=1e-3, dt_max=1e-1, dt_floor=1e-4):
+    def reset_ssm_parameters(self):
         """Initialise what the generic pass over linear layers does not touch."""
-        bound = self.x_proj_weight.shape[1]**-0.5  # of PyTorch's default linear initialisation
-        self.x_proj_weight.uniform_(-bound, bound)
-        self.dt_projs_weight.uniform_(-self.rank**-0.5, self.rank**-0.5)
-        dt = torch.empty_like(self.dt_projs_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
-        dt.clamp_(min=dt_floor)
-        self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
-        self.A_logs.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_logs))
-        self.Ds.fill_(1)
+        reset_scan_parameters(self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)
 
     def forward(self, x):
         batch, height, width, _ = x.shape
@@ -146,15 +139,6 @@ class Block(nn.Module):
         x = x + self.drop_path(self.self_attention(self.ln_1(x)))
         x = self.cpe2(x, residual=True)
         return x + self.drop_path(self.mlp(self.ln_2(x)))
-
-
-class Stage(nn.Module):
-    """Blocks at one width and, but for the last stage, the downsampling after them."""
-
-    def __init__(self, dim, d_state, mlp_ratio, drop_path_rates, downsample):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, d_state, mlp_ratio, rate) for rate in drop_path_rates)
-        self.downsample = Downsample(dim) if downsample else nn.Identity()
 
 
 @MODELS.register_module()
@@ -198,27 +182,14 @@ class SpatialMamba(VisionSSM):
 
     def __init__(self, arch='tiny', in_channels=3, out_indices=(0, 1, 2, 3), drop_path_rate=None, d_state=1,
                  mlp_ratio=4.0, with_cp=False, frozen_stages=-1, norm_eval=False, init_cfg=None):
-        super().__init__(arch, in_channels, out_indices, drop_path_rate, with_cp, frozen_stages, norm_eval,
-                         init_cfg)
-        if not isinstance(d_state, int) or not 1 <= d_state <= 256:
-            raise ValueError(f'SpatialMamba: d_state={d_state!r}, expected an integer in 1..256')
-        if not isinstance(mlp_ratio, (int, float)) or mlp_ratio * self.embed_dims < 1:
-            raise ValueError(f'SpatialMamba: mlp_ratio={mlp_ratio!r}, expected a number of at least 1 / embed_dims')
+        super().__init__(arch, in_channels, out_indices, drop_path_rate, d_state, mlp_ratio, with_cp, frozen_stages,
+                         norm_eval, init_cfg)
         self.patch_embed = Stem(in_channels, self.embed_dims)
-        self.layers = nn.ModuleList(
-            Stage(self.embed_dims * 2**i, d_state, mlp_ratio, self.drop_path_rates[i],
-                  downsample=i + 1 < self.num_stages) for i in range(self.num_stages))
+        self.layers = nn.ModuleList()
+        for i, rates in enumerate(self.drop_path_rates[:self.num_stages]):
+            dim = self.embed_dims * 2**i
+            self.layers.append(Stage([Block(dim, d_state, mlp_ratio, rate) for rate in rates],
+                                     Downsample(dim) if i + 1 < self.num_stages else None))
         self.add_output_norms(LN_EPS)
         self.reset_parameters()
         self.train()
-
-    def reset_parameters(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, StructureAwareSSM):
-                module.reset_ssm_parameters()
-            elif module is not self and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()

@@ -11,12 +11,20 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .checkpoint import read_checkpoint, unwrap, weights_of
 
 
+class Stage(nn.Module):
+    """Blocks at one width, on maps (B, H, W, C), and the downsampling after them, on (B, C, H, W), if any."""
+
+    def __init__(self, blocks, downsample=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample or nn.Identity()
+
+
 class VisionSSM(BaseModule):
     """Base of four-stage backbones that work on channels-last maps.
 
-    A subclass gives ``arch_settings`` and ``classifier_prefixes``, and in its constructor calls
-    :meth:`parse_arch` and then builds ``patch_embed``, ``layers`` (modules with ``blocks`` and
-    ``downsample``) and :meth:`add_output_norms`.
+    A subclass gives ``arch_settings`` and ``classifier_prefixes``; its constructor passes on the common arguments,
+    builds ``patch_embed`` and ``layers`` (of :class:`Stage`) and calls :meth:`add_output_norms`.
     """
 
     #: Name to dict(embed_dims, depths, drop_path_rate).
@@ -24,8 +32,8 @@ class VisionSSM(BaseModule):
     #: Names that only the authors' classifiers have: their final norm, then their head.
     classifier_prefixes = ('norm.', 'head.')
 
-    def __init__(self, arch, in_channels, out_indices, drop_path_rate, with_cp, frozen_stages, norm_eval,
-                 init_cfg):
+    def __init__(self, arch, in_channels, out_indices, drop_path_rate, d_state, mlp_ratio, with_cp, frozen_stages,
+                 norm_eval, init_cfg):
         super().__init__(init_cfg)
         name = type(self).__name__
         settings = self.parse_arch(arch)
@@ -47,6 +55,10 @@ class VisionSSM(BaseModule):
         rate = settings.get('drop_path_rate', 0.) if drop_path_rate is None else drop_path_rate
         if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise ValueError(f'{name}: drop_path_rate={rate!r}, expected a number in [0, 1)')
+        if not isinstance(d_state, int) or not 1 <= d_state <= 256:
+            raise ValueError(f'{name}: d_state={d_state!r}, expected an integer in 1..256')
+        if not isinstance(mlp_ratio, (int, float)) or mlp_ratio * self.embed_dims < 1:
+            raise ValueError(f'{name}: mlp_ratio={mlp_ratio!r}, expected a number of at least 1 / embed_dims')
         # Stages past the last output are not built, so that every parameter takes part in training.
         self.num_stages = out_indices[-1] + 1
         rates = iter(torch.linspace(0, rate, sum(self.depths)).tolist())
@@ -131,8 +143,17 @@ class VisionSSM(BaseModule):
             raise RuntimeError(f"checkpoint '{checkpoint}' does not fit: {error}") from None
 
     def reset_parameters(self):
-        """Draw all weights afresh, from PyTorch's generator."""
-        raise NotImplementedError
+        """Draw all weights afresh, from PyTorch's generator: linear layers from a truncated normal distribution,
+        the rest as each module says."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, 'reset_ssm_parameters'):
+                module.reset_ssm_parameters()
+            elif module is not self and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if not prefix:

@@ -1,0 +1,16 @@
+"""Orders in which tokens may be scanned, for the argument ``order`` of the scan."""
+import torch
+
+
+def two_way_order(length, device=None):
+    """A sequence forwards and backwards: int64, (2, length)."""
+    steps = torch.arange(length, device=device)
+    return torch.stack([steps, steps.flip(0)])
+
+
+def cross_scan_order(height, width, device=None):
+    """The cross scan of a map (VMamba, arXiv 2401.10166): row by row, column by column, and both in reverse;
+    int64, (4, height * width), tokens numbered row by row."""
+    rows = torch.arange(height * width, device=device)
+    columns = rows.view(height, width).t().flatten()
+    return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
