@@ -19,6 +19,7 @@ from mmvssm.engine.config import (
 )
 from mmvssm.engine.data_check import check_data, check_load_from, check_pretrained, resume_checkpoint
 from mmvssm.engine.hooks import PartialLoadingHook, StrictLoadingHook
+from mmvssm.engine.random_state import RandomStateHook
 
 
 def parse_args(argv=None):
@@ -88,6 +89,7 @@ def main(argv=None):
         runner.logger.info(note)
     if args.amp:
         keep_boxes_fp32(runner.model)
+    runner.register_hook(RandomStateHook())
     runner.register_hook(StrictLoadingHook() if cfg.get('resume') else PartialLoadingHook())
     runner.train()
 
