@@ -7,10 +7,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
 SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h') setup.py
 
-DEMO := mask_rcnn_spatialmamba_nano_digits
+TASK ?= det
+BACKBONE ?= spatialmamba
 DEMO_SEED ?= 0
+METHOD_det := mask_rcnn_
+METHOD_seg := upernet_
+METHOD_cls :=
+DEMO := $(METHOD_$(TASK))$(BACKBONE)_nano_digits
 SUFFIX := $(if $(filter 0,$(DEMO_SEED)),,_$(DEMO_SEED))
-DEMO_DATA := data/digits$(SUFFIX)
+DEMO_DATA := data/digits$(if $(filter det,$(TASK)),,_$(TASK))$(SUFFIX)
 DEMO_DIR := work_dirs/$(DEMO)$(SUFFIX)
 
 .PHONY: env test demo benchmark clean
@@ -39,7 +44,9 @@ test: env
 
 # Interrupted, it goes on where it stopped; `make clean` starts over.
 demo: env
-	$(BIN)/python tools/data/make_digits.py --out $(DEMO_DATA) --seed $(DEMO_SEED)
+	@test -f configs/$(DEMO).py || { echo 'TASK is $(TASK), expected det, seg or cls; BACKBONE is $(BACKBONE),' \
+		'expected spatialmamba or quadmamba'; exit 1; }
+	$(BIN)/python tools/data/make_digits.py --task $(TASK) --out $(DEMO_DATA) --seed $(DEMO_SEED)
 	$(BIN)/python tools/train.py configs/$(DEMO).py --seed 0 --resume --work-dir $(DEMO_DIR) \
 		--cfg-options data_root=$(DEMO_DATA)/
 	$(BIN)/python tools/test.py configs/$(DEMO).py "$$(cat $(DEMO_DIR)/last_checkpoint)" \

@@ -2,13 +2,29 @@
 
 The digits are the 1797 images of 8x8 pixels that ship with scikit-learn (the test part of the UCI
 "Optical Recognition of Handwritten Digits" set); the backgrounds are photographs that ship inside
-the scikit-learn and scikit-image packages.  Nothing is ever downloaded.  The result is a detection
-and instance segmentation data set in COCO format, with the ten categories '0' to '9' (ids 1 to 10):
+the scikit-learn and scikit-image packages.  Nothing is ever downloaded.  All pictures have size x size
+pixels, RGB, and are numbered; ``--task`` chooses what is in them and how they lie:
 
-    OUT/train/000000.png ...                  pictures of size x size pixels, RGB
-    OUT/val/000000.png ...
-    OUT/annotations/instances_train.json
-    OUT/annotations/instances_val.json
+``det``, detection and instance segmentation in COCO format.  One to five digits per picture; the
+ten categories '0' to '9' have the ids 1 to 10.
+
+    OUT/{train,val}/000000.png ...
+    OUT/annotations/instances_{train,val}.json
+
+``seg``, semantic segmentation as MMSegmentation reads it.  The very pictures of ``det``; the label
+maps are single-channel with 0 for the background and 1 to 10 for the digits '0' to '9'.
+
+    OUT/images/{train,val}/000000.png ...
+    OUT/labels/{train,val}/000000.png ...
+    OUT/annotations/pictures_{train,val}.json
+
+``cls``, classification in the folders of ImageNet.  One large digit per picture, the ten classes in
+turn.
+
+    OUT/{train,val}/{0,...,9}/000000.png ...
+    OUT/annotations/pictures_{train,val}.json
+
+The json files tell how the data set was made and, picture by picture, of which photograph and digits.
 
 What train and val share, and what they do not:
 
@@ -23,17 +39,19 @@ The random numbers of a picture come from (seed, split, index) alone, so a pictu
 on the others nor on how many there are.  With the same versions of the packages named in the
 ``info`` part of the json files, the same arguments give the same bytes.
 
-Masks hold visible pixels only, as uncompressed run-length encoding: where a later digit covers an
-earlier one, the pixel belongs to the later.  Boxes are tight around the visible mask, and areas
-count its pixels.
+Masks and label maps hold visible pixels only: where a later digit covers an earlier one, the pixel
+belongs to the later.  COCO's masks are uncompressed run-length encoding, its boxes are tight around
+the visible mask, and its areas count the mask's pixels.
 
 Usage:
     python tools/data/make_digits.py --out data/digits --train 1500 --val 200 --size 128 --seed 0
+    python tools/data/make_digits.py --task seg --out data/digits_seg
 """
 
 import argparse
 import json
 import math
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -89,9 +107,22 @@ MIN_CONTRAST = 70.0  # 0 to 255, see colour_distance
 COLOUR_TRIES = 24
 PLACE_TRIES = 10
 
+# The one digit of a classification picture; turned, even the largest stays inside.
+SINGLE_SIDE = (0.45, 0.7)
+SINGLE_ROTATION = 15.0
+
 SIZE_LIMITS = (32, 1024)
 COUNT_LIMITS = (1, 999999)
 SEED_LIMITS = (0, 2**32 - 1)
+
+
+# What --train, --val and --size are unless given.
+DEFAULTS = {
+    'det': {'train': 1500, 'val': 200, 'size': 128},
+    'seg': {'train': 1500, 'val': 200, 'size': 128},
+    'cls': {'train': 4000, 'val': 500, 'size': 64},
+}
+TASKS = tuple(DEFAULTS)
 
 
 class DataError(Exception):
@@ -257,27 +288,17 @@ def compose_scene(rng, digits, background, size):
         instances: list of `Instance`, the lowest first; their masks do not overlap.  One to five,
             fewer than drawn where a digit found no place that leaves the others readable.
     """
-    scaled = Image.fromarray(background).resize((size, size), Image.Resampling.BICUBIC)
-    canvas = np.array(scaled, dtype=np.float32)
+    canvas = scaled(background, size)
     owner = np.full((size, size), -1)  # which placed digit each pixel shows
     placed = []  # (index in the pool, number of pixels of the whole digit)
     low, high = (max(MIN_DIGIT_SIDE, share * size) for share in DIGIT_SIDE)
 
     for _ in range(rng.integers(DIGITS_PER_IMAGE[0], DIGITS_PER_IMAGE[1] + 1)):
         chosen = int(rng.integers(len(digits.labels)))
-        alpha = render_digit(
-            digits.images[chosen],
-            side=rng.uniform(low, high),
-            angle=rng.uniform(-MAX_ROTATION, MAX_ROTATION),
-            threshold=rng.uniform(*INK_THRESHOLD),
-        )
-        opacity = rng.uniform(*OPACITY)
+        alpha, opacity = draw_stroke(rng, digits.images[chosen], (low, high), MAX_ROTATION)
         solid = alpha >= 0.5
-        height, width = alpha.shape
         for _ in range(PLACE_TRIES):
-            top = int(rng.integers(size - height + 1))
-            left = int(rng.integers(size - width + 1))
-            window = np.s_[top : top + height, left : left + width]
+            window = draw_window(rng, alpha, size)
             trial = owner.copy()
             trial[window][solid] = len(placed)
             visible = [np.count_nonzero(trial == i) for i in range(len(placed))]
@@ -285,9 +306,7 @@ def compose_scene(rng, digits, background, size):
                 break
         else:
             continue
-        colour = draw_colour(rng, canvas[window], opacity)
-        weight = opacity * alpha[..., None]
-        canvas[window] = (1 - weight) * canvas[window] + weight * colour
+        paint(rng, canvas[window], alpha, opacity)
         owner = trial
         placed.append((chosen, np.count_nonzero(solid)))
 
@@ -295,11 +314,81 @@ def compose_scene(rng, digits, background, size):
         Instance(int(digits.labels[chosen]), owner == i, int(digits.indices[chosen]))
         for i, (chosen, _) in enumerate(placed)
     ]
-    return np.rint(canvas).clip(0, 255).astype(np.uint8), instances
+    return to_bytes(canvas), instances
+
+
+def compose_single(rng, digits, label, background, size):
+    """Put one large random digit on a background.
+
+    Args:
+        rng: the `numpy.random.Generator` that makes every choice.
+        digits: the `DigitPool` to draw from.
+        label: which digit, 0 to 9.
+        background: (h, w, 3) uint8 crop of a photograph; scaled to the picture's size.
+        size: side of the picture, pixels.
+
+    Returns:
+        image: (size, size, 3) uint8.
+        digit_index: the digit's place in scikit-learn's file.
+    """
+    canvas = scaled(background, size)
+    chosen = rng.choice(np.flatnonzero(digits.labels == label))
+    sides = [share * size for share in SINGLE_SIDE]
+    alpha, opacity = draw_stroke(rng, digits.images[chosen], sides, SINGLE_ROTATION)
+    paint(rng, canvas[draw_window(rng, alpha, size)], alpha, opacity)
+    return to_bytes(canvas), int(digits.indices[chosen])
+
+
+def draw_stroke(rng, digit, sides, rotation):
+    """Draw an 8x8 digit with a random look.
+
+    Args:
+        rng: the `numpy.random.Generator` that makes every choice.
+        digit: (8, 8) float32 in 0..1, 1 is ink.
+        sides: shortest and longest side of the upright grid, pixels.
+        rotation: degrees that it may be turned by, either way.
+
+    Returns:
+        alpha: see `render_digit`.
+        opacity: of the whole digit, 0..1.
+    """
+    alpha = render_digit(
+        digit,
+        side=rng.uniform(*sides),
+        angle=rng.uniform(-rotation, rotation),
+        threshold=rng.uniform(*INK_THRESHOLD),
+    )
+    return alpha, rng.uniform(*OPACITY)
+
+
+def draw_window(rng, alpha, size):
+    """A random place for ``alpha`` (h, w) inside a picture of ``size`` pixels, as a 2-D slice."""
+    height, width = alpha.shape
+    top = int(rng.integers(size - height + 1))
+    left = int(rng.integers(size - width + 1))
+    return np.s_[top : top + height, left : left + width]
+
+
+def paint(rng, patch, alpha, opacity):
+    """Paint a digit in a random readable colour over ``patch`` (h, w, 3) float32, in place."""
+    colour = draw_colour(rng, patch, opacity)
+    weight = opacity * alpha[..., None]
+    patch[:] = (1 - weight) * patch + weight * colour
+
+
+def scaled(background, size):
+    """A (h, w, 3) uint8 picture as (size, size, 3) float32 in 0..255."""
+    picture = Image.fromarray(background).resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(picture, dtype=np.float32)
+
+
+def to_bytes(canvas):
+    """A float picture in 0..255, rounded to uint8."""
+    return np.rint(canvas).clip(0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------
-# COCO files
+# Files
 
 
 def encode_rle(mask):
@@ -311,9 +400,9 @@ def encode_rle(mask):
     return {'size': list(mask.shape), 'counts': [0, *counts] if flat[0] else counts}
 
 
-def describe(seed, size, counts):
+def describe(task, seed, size, counts):
     """The ``info`` part of the json files that tells one data set from another."""
-    return {
+    info = {
         'description': 'Real handwritten digits on real photographs',
         'tool': 'make_digits.py',
         'version': TOOL_VERSION,
@@ -321,88 +410,146 @@ def describe(seed, size, counts):
         'size': size,
         'counts': counts,
     }
+    return info if task == 'det' else {**info, 'task': task}
 
 
-def build_split(folder, split, seed, size, count, info, photos):
-    """Write the pictures and the json file of one split under ``folder``."""
+def json_file(out, task, split):
+    """The json file of a split of a data set in the folder ``out``."""
+    return out / 'annotations' / f'{"instances" if task == "det" else "pictures"}_{split}.json'
+
+
+def picture_folders(task, split):
+    """The folders below OUT that hold the png files of a split, that of the pictures first."""
+    if task == 'det':
+        return [split]
+    if task == 'seg':
+        return [f'images/{split}', f'labels/{split}']
+    return [f'{split}/{label}' for label in range(10)]
+
+
+def build_split(folder, task, split, seed, size, count, info, photos):
+    """Write the png files and the json file of one split under ``folder``."""
     digits = load_digit_pool(split)
+    places = [folder / name for name in picture_folders(task, split)]
+    for place in places:
+        place.mkdir(parents=True)
     images, annotations = [], []
-    (folder / split).mkdir()
     for index in range(count):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
         photo, (x0, y0, x1, y1) = draw_crop(rng, photos, split)
-        picture, instances = compose_scene(rng, digits, photos[photo][y0:y1, x0:x1], size)
+        background = photos[photo][y0:y1, x0:x1]
         name = f'{index:06d}.png'
-        Image.fromarray(picture).save(folder / split / name, compress_level=6)
-        images.append(
-            {
-                'id': index + 1,
-                'file_name': name,
-                'width': size,
-                'height': size,
-                'photo': photo,
-                'crop': [x0, y0, x1 - x0, y1 - y0],
-            }
-        )
-        for instance in instances:
-            left, top, right, bottom = tight_box(instance.mask)
-            annotations.append(
-                {
-                    'id': len(annotations) + 1,
-                    'image_id': index + 1,
-                    'category_id': instance.label + 1,
-                    'bbox': [left, top, right - left, bottom - top],
-                    'area': int(instance.mask.sum()),
-                    'iscrowd': 0,
-                    'segmentation': encode_rle(instance.mask),
-                    'digit_index': instance.digit_index,
-                }
-            )
+        image = {
+            'id': index + 1,
+            'file_name': name,
+            'width': size,
+            'height': size,
+            'photo': photo,
+            'crop': [x0, y0, x1 - x0, y1 - y0],
+        }
+        if task == 'cls':
+            label = index % 10
+            picture, digit_index = compose_single(rng, digits, label, background, size)
+            image |= {'file_name': f'{label}/{name}', 'digit_indices': [digit_index]}
+            save(picture, places[label] / name)
+        else:
+            picture, instances = compose_scene(rng, digits, background, size)
+            save(picture, places[0] / name)
+            if task == 'seg':
+                image['digit_indices'] = [instance.digit_index for instance in instances]
+                save(label_map(instances, size), places[1] / name)
+            else:
+                first_id = len(annotations) + 1
+                annotations += coco_annotations(instances, index + 1, first_id)
+        images.append(image)
         if (index + 1) % 100 == 0 or index + 1 == count:
             print(f'{split}: {index + 1}/{count} pictures', file=sys.stderr, flush=True)
-    document = {
-        'info': info,
-        'licenses': [],
-        'images': images,
-        'annotations': annotations,
-        'categories': CATEGORIES,
-    }
-    path = folder / 'annotations' / f'instances_{split}.json'
+    document = {'info': info, 'licenses': [], 'images': images}
+    if task == 'det':
+        document |= {'annotations': annotations, 'categories': CATEGORIES}
+    path = json_file(folder, task, split)
     path.write_text(json.dumps(document, separators=(',', ':')) + '\n', encoding='utf-8')
 
 
-def holds_same(out, wanted):
+def save(pixels, path):
+    """Write (h, w, 3) or (h, w) uint8 pixels as png."""
+    Image.fromarray(pixels).save(path, compress_level=6)
+
+
+def label_map(instances, size):
+    """The visible digits of a picture as (size, size) uint8: 0 background, 1 to 10 digits 0 to 9."""
+    labels = np.zeros((size, size), np.uint8)
+    for instance in instances:
+        labels[instance.mask] = instance.label + 1
+    return labels
+
+
+def coco_annotations(instances, image_id, first_id):
+    """COCO's annotations of the digits of a picture, their ids from ``first_id`` on."""
+    annotations = []
+    for annotation_id, instance in enumerate(instances, start=first_id):
+        left, top, right, bottom = tight_box(instance.mask)
+        annotations.append(
+            {
+                'id': annotation_id,
+                'image_id': image_id,
+                'category_id': instance.label + 1,
+                'bbox': [left, top, right - left, bottom - top],
+                'area': int(instance.mask.sum()),
+                'iscrowd': 0,
+                'segmentation': encode_rle(instance.mask),
+                'digit_index': instance.digit_index,
+            }
+        )
+    return annotations
+
+
+def holds_same(out, task, wanted):
     """Whether ``out`` holds, whole, the data set that ``wanted`` (see `describe`) tells of."""
     for split in SPLITS:
-        path = out / 'annotations' / f'instances_{split}.json'
         try:
-            document = json.loads(path.read_text(encoding='utf-8'))
+            document = json.loads(json_file(out, task, split).read_text(encoding='utf-8'))
             info = {key: document['info'].get(key) for key in wanted}
             names = {image['file_name'] for image in document['images']}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
-        if info != wanted or names != {entry.name for entry in (out / split).glob('*')}:
+        roots = [out / split] if task == 'cls' else [out / n for n in picture_folders(task, split)]
+        found = [{p.relative_to(root).as_posix() for p in root.rglob('*.png')} for root in roots]
+        if info != wanted or any(names != present for present in found):
             return False
     return True
 
 
-def check_out(out, wanted, overwrite):
+def foreign_entry(out, task):
+    """The path below ``out`` of something that no data set of ``task`` has, or None."""
+    files = {'annotations': r'(instances|pictures)_(train|val)\.json'}
+    for split in SPLITS:
+        files |= dict.fromkeys(picture_folders(task, split), r'\d{6}\.png')
+    folders = {parent.as_posix() for name in files for parent in (Path(name), *Path(name).parents)}
+    for path in sorted(out.rglob('*')):
+        name, parent = (p.relative_to(out).as_posix() for p in (path, path.parent))
+        pattern = files.get(parent, '')
+        if not (name in folders if path.is_dir() else re.fullmatch(pattern, path.name)):
+            return name
+    return None
+
+
+def check_out(out, task, wanted, overwrite):
     """Whether there is anything to do: False where ``out`` already holds what is wanted.  Raises
     `DataError` where it holds something else that may not be replaced."""
     if out.exists() and not out.is_dir():
         raise DataError(f'--out {out} is a file; give a folder')
-    entries = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
-    if not entries:
+    if not out.exists() or not any(out.iterdir()):
         return True
-    foreign = [name for name in entries if name not in (*SPLITS, 'annotations')]
+    foreign = foreign_entry(out, task)
     if foreign:
         raise DataError(
-            f'--out {out} holds {foreign[0]!r}, which is no part of a digits data set, so '
-            '--overwrite would not replace it either; give another folder'
+            f'--out {out} holds {foreign!r}, which is no part of a digits data set for --task {task}, '
+            'so --overwrite would not replace it either; give another folder'
         )
     if overwrite:
         return True
-    if holds_same(out, wanted):
+    if holds_same(out, task, wanted):
         return False
     raise DataError(
         f'--out {out} holds something else than this data set; '
@@ -410,8 +557,9 @@ def check_out(out, wanted, overwrite):
     )
 
 
-def make_dataset(out, train, val, size, seed, overwrite=False):
-    """Make the data set of ``train`` and ``val`` pictures of ``size`` pixels in the folder ``out``.
+def make_dataset(out, train, val, size, seed, overwrite=False, task='det'):
+    """Make the data set of ``train`` and ``val`` pictures of ``size`` pixels in the folder ``out``,
+    for one of `TASKS`.
 
     Everything is written to a temporary folder beside ``out`` that is renamed at the end.
 
@@ -420,8 +568,8 @@ def make_dataset(out, train, val, size, seed, overwrite=False):
     """
     out = Path(out).resolve()
     counts = {'train': train, 'val': val}
-    wanted = describe(seed, size, counts)
-    if not check_out(out, wanted, overwrite):
+    wanted = describe(task, seed, size, counts)
+    if not check_out(out, task, wanted, overwrite):
         return False
     info = {
         **wanted,
@@ -440,7 +588,7 @@ def make_dataset(out, train, val, size, seed, overwrite=False):
         new, old = Path(temporary) / 'new', Path(temporary) / 'old'
         (new / 'annotations').mkdir(parents=True)
         for split in SPLITS:
-            build_split(new, split, seed, size, counts[split], info, photos)
+            build_split(new, task, split, seed, size, counts[split], info, photos)
         if out.exists():
             out.rename(old)
         try:
@@ -477,30 +625,37 @@ def whole_number(limits):
 def parse_args(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description='Make a COCO data set of real handwritten digits on real photographs, offline.',
+        description='Make a data set of real handwritten digits on real photographs, offline.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        '--task', choices=TASKS, default='det', help='detection, segmentation or classification'
     )
     parser.add_argument('--out', default='data/digits', help='folder to make')
     count = whole_number(COUNT_LIMITS)
-    parser.add_argument('--train', type=count, default=1500, help='number of train pictures')
-    parser.add_argument('--val', type=count, default=200, help='number of val pictures')
-    parser.add_argument(
-        '--size', type=whole_number(SIZE_LIMITS), default=128, help='side of a picture, pixels'
-    )
+    sizes = {'train': count, 'val': count, 'size': whole_number(SIZE_LIMITS)}
+    meanings = {'size': 'side of a picture, pixels'}
+    for name, kind in sizes.items():
+        meaning = meanings.get(name, f'number of {name} pictures')
+        usual = ', '.join(f'{task} {DEFAULTS[task][name]}' for task in TASKS)
+        parser.add_argument(
+            f'--{name}', type=kind, default=argparse.SUPPRESS, help=f'{meaning} (default: {usual})'
+        )
     parser.add_argument(
         '--seed', type=whole_number(SEED_LIMITS), default=0, help='seed of all random choices'
     )
     parser.add_argument(
         '--overwrite', action='store_true', help='make it anew where OUT already holds a data set'
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    return argparse.Namespace(**{**DEFAULTS[args.task], **vars(args)})
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
     args = parse_args(argv)
     try:
-        made = make_dataset(args.out, args.train, args.val, args.size, args.seed, args.overwrite)
+        made = make_dataset(**vars(args))
     except (DataError, OSError) as error:
         print(f'make_digits.py: error: {error}', file=sys.stderr)
         return 1
