@@ -1,0 +1,7 @@
+_base_ = [
+    '_base_/models/mask_rcnn_quadmamba_s.py',
+    '_base_/datasets/coco_instance_mstrain.py',
+    '_base_/schedules/adamw_3x.py',
+    '_base_/default_runtime.py',
+]
+custom_imports = dict(imports=['mmvssm'], allow_failed_imports=False)
