@@ -81,6 +81,19 @@ def test_classifier_for_classification_keeps_its_norm(family, wrap):
     assert_loaded(model, weights | {f'outnorm3.{k}': weights[norm + k] for k in ('weight', 'bias')})
 
 
+def test_own_classifier_for_dense_tasks_keeps_fresh_output_norms(family, wrap):
+    """Its backbone has the last stage's output norm alone, the classifier's final norm."""
+    weights = dense_weights(family)
+    own = {n: t for n, t in weights.items() if not n.startswith(('outnorm0', 'outnorm1', 'outnorm2'))}
+    model = build(family)
+    fresh = {n: t.clone() for n, t in model.state_dict().items() if n.startswith('outnorm')}
+    model.load_state_dict(wrap(own))
+    assert_loaded(model, weights | fresh)
+    last = build(family, out_indices=(3,))
+    last.load_state_dict(wrap(own))
+    assert_loaded(last, weights)
+
+
 def older_names(weights):
     """Of QuadMamba's first files."""
     return {name.replace('.norm.', '.ln_1.').replace('.op.', '.self_attention.')

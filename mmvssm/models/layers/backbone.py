@@ -168,6 +168,11 @@ class VisionSSM(BaseModule):
         is left alone, for the caller to report."""
         own = {prefix + name: value for name, value in self.state_dict().items()}
         final_norm, head = (prefix + p for p in self.classifier_prefixes)
+        last = f'{prefix}outnorm{len(self.depths) - 1}.'
+        norms = [name for name in state_dict if name.startswith(f'{prefix}outnorm')]
+        if len(self.out_indices) > 1 and norms and all(name.startswith(last) for name in norms):
+            for name in norms:  # of a classifier trained here
+                state_dict[final_norm + name[len(last):]] = state_dict.pop(name)
         is_classifier = any(name.startswith((final_norm, head)) for name in state_dict)
         if is_classifier and self.out_indices == (len(self.depths) - 1,):  # its norm is our only output's
             for name in [n for n in state_dict if n.startswith(final_norm)]:

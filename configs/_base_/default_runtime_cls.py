@@ -1,0 +1,7 @@
+# Hooks, logs, visualizer and `default_scope` of MMPretrain; the three newest checkpoints are kept.
+_base_ = 'mmpretrain::_base_/default_runtime.py'
+
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=3),
+    # The authors' checkpoints, which hooks would not know; see mmvssm.models.classifiers.
+    authors_checkpoint=dict(type='AuthorsCheckpointHook'))

@@ -1,0 +1,9 @@
+_base_ = [
+    '_base_/models/classifier.py',
+    '_base_/datasets/imagenet.py',
+    '_base_/schedules/adamw_300e.py',
+    '_base_/default_runtime_cls.py',
+]
+custom_imports = dict(imports=['mmvssm', 'mmvssm.models.classifiers'], allow_failed_imports=False)
+
+model = dict(backbone=dict(type='QuadMamba', arch='base'), head=dict(in_channels=768))
