@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmvssm.engine.class_check import check_class_counts
 from mmvssm.engine.config import (
     AMP_DTYPES,
     CfgOptions,
@@ -73,6 +74,10 @@ def set_tta(cfg):
                              f'{", ".join(TTA_MODELS)}; define tta_model and tta_pipeline')
         cfg.tta_model = deepcopy(TTA_MODELS[scope])
     note = _evaluate_boxes_only(cfg) if type_name(cfg.tta_model) == 'DetTTAModel' else ''
+    # MMPretrain's EMAHook cannot load into the wrapped model, and without a word keeps random averages. A
+    # checkpoint's weights are the averages already.
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if type_name(hook) != 'EMAHook'
+                        or not hook.get('evaluate_on_ema', True)]
 
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
@@ -186,6 +191,7 @@ def main(argv=None):
 
     if is_main_rank():
         check_data(cfg, ['test'])
+        check_class_counts(cfg, ['test'])
         check_checkpoint(args.checkpoint, 'checkpoint')
 
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

@@ -4,6 +4,7 @@ import argparse
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmvssm.engine.class_check import check_class_counts
 from mmvssm.engine.config import (
     AMP_DTYPES,
     CfgOptions,
@@ -19,6 +20,7 @@ from mmvssm.engine.config import (
 )
 from mmvssm.engine.data_check import check_data, check_load_from, check_pretrained, resume_checkpoint
 from mmvssm.engine.hooks import PartialLoadingHook, StrictLoadingHook
+from mmvssm.engine.label_hook import LabelRangeHook
 from mmvssm.engine.random_state import RandomStateHook
 
 
@@ -81,6 +83,7 @@ def main(argv=None):
         notes.append(drop_pretrained(cfg))
     if is_main_rank():
         check_data(cfg, ('train', 'val'))
+        check_class_counts(cfg, ('train', 'val'))
         check_pretrained(cfg)
         check_load_from(cfg, resumed)
 
@@ -89,6 +92,7 @@ def main(argv=None):
         runner.logger.info(note)
     if args.amp:
         keep_boxes_fp32(runner.model)
+    runner.register_hook(LabelRangeHook())
     runner.register_hook(RandomStateHook())
     runner.register_hook(StrictLoadingHook() if cfg.get('resume') else PartialLoadingHook())
     runner.train()

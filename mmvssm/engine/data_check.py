@@ -6,12 +6,14 @@ names the file, which path was looked at and how to set it.
 import json
 import os
 
-from mmengine.registry import DATASETS
 from mmengine.runner import find_latest_checkpoint
 
 from mmvssm.models.layers.checkpoint import read_checkpoint
 
 from .config import UsageError, as_list, one_line, type_name
+from .dataset_config import class_names, dataset_class, few, file_sizes, leaf_datasets
+from .imagefolder_check import check_image_folder
+from .segmentation_check import check_segmentation
 
 # Datasets of MMPretrain that fetch their files themselves.
 SELF_DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
@@ -28,7 +30,8 @@ def check_data(cfg, splits):
     """Check that the datasets and evaluators of some splits find their files.
 
     Folders and annotation files must exist; a COCO annotation file must in addition be readable,
-    name images that are there and, for training, leave some after the dataset's filters. Files that
+    name images that are there and, for training, leave some after the dataset's filters; image folders must be laid
+    out as MMPretrain reads them, and images must have fitting label maps as MMSegmentation reads them. Files that
     are read through a storage backend are not looked at.
 
     Args:
@@ -42,7 +45,7 @@ def check_data(cfg, splits):
         loader = cfg.get(f'{split}_dataloader')
         if loader is None:
             continue
-        for where, dataset in _datasets(loader.dataset, f'{split}_dataloader.dataset'):
+        for where, dataset in leaf_datasets(loader.dataset, f'{split}_dataloader.dataset'):
             _check_dataset(cfg, where, dataset)
         for evaluator in as_list(cfg.get(f'{split}_evaluator')):
             ann_file = evaluator.get('ann_file')
@@ -106,21 +109,10 @@ def check_checkpoint(path, what, hint=''):
         raise UsageError(f'{why}{hint}') from None
 
 
-def _datasets(dataset, where):
-    """The datasets below wrappers such as ``ConcatDataset``, each with its place in the config."""
-    if 'dataset' in dataset:
-        yield from _datasets(dataset.dataset, f'{where}.dataset')
-    elif 'datasets' in dataset:
-        for i, item in enumerate(dataset.datasets):
-            yield from _datasets(item, f'{where}.datasets.{i}')
-    else:
-        yield where, dataset
-
-
 def _check_dataset(cfg, where, dataset):
     root = dataset.get('data_root') or ''
-    if _is_remote(root, dataset) or type_name(dataset) in SELF_DOWNLOADING:
-        return
+    if _is_remote(root, dataset) or type_name(dataset) in ('', *SELF_DOWNLOADING):
+        return  # a dataset without a type is for the registry to judge
     if root:
         _require(cfg, where, 'data_root', root)
     ann_file = dataset.get('ann_file') or ''
@@ -134,8 +126,9 @@ def _check_dataset(cfg, where, dataset):
         if prefix:
             _require(cfg, where, f'data_prefix.{key}'.rstrip('.'), os.path.join(root, prefix))
     if ann_file.endswith('.json') and 'img' in prefixes:
-        scope = cfg.get('default_scope')
-        _check_coco(where, dataset, scope, ann_file, os.path.join(root, prefixes['img']))
+        _check_coco(cfg, where, dataset, ann_file, os.path.join(root, prefixes['img']))
+    check_image_folder(cfg, where, dataset)
+    check_segmentation(cfg, where, dataset)
 
 
 def _is_remote(path, owner):
@@ -163,8 +156,8 @@ def _require(cfg, where, key, path):
     raise UsageError(f'{where}.{key}: {problem}: {os.path.abspath(path)}; set it with {hint}')
 
 
-def _check_coco(where, dataset, scope, ann_file, folder):
-    kind = _dataset_class(dataset, scope)
+def _check_coco(cfg, where, dataset, ann_file, folder):
+    kind = dataset_class(cfg, dataset)
     if not hasattr(kind, 'COCOAPI'):
         return  # a format of its own, for its dataset to judge
     path = os.path.abspath(ann_file)
@@ -179,7 +172,7 @@ def _check_coco(where, dataset, scope, ann_file, folder):
         raise UsageError(f'{where}.ann_file: names no images: {path}')
 
     names = [] if lvis else [image['file_name'] for image in coco['images']]
-    sizes = _file_sizes(folder, names)
+    sizes = file_sizes(folder, names)
     missing = [name for name in names if os.path.normpath(name) not in sizes]
     if missing:
         raise UsageError(f'{where}.ann_file: {len(missing)} of the {len(names)} images that {path} '
@@ -190,12 +183,12 @@ def _check_coco(where, dataset, scope, ann_file, folder):
         raise UsageError(f'{where}.data_prefix.img: {len(empty)} of the {len(names)} images are empty files (0 '
                          f'bytes), the first of them {os.path.abspath(os.path.join(folder, empty[0]))}')
     named = [category['name'] for category in coco.get('categories', [])]
-    classes = _classes(dataset, kind) or named
+    classes = class_names(dataset, kind) or named
     absent = [name for name in classes if name not in named]
     if absent:
         # CocoDataset would number the remaining classes anew, and their labels would be wrong.
         raise UsageError(f'{where}.metainfo.classes: {len(absent)} of the {len(classes)} classes '
-                         f'are no categories of {path}: {_few(absent)}; it has {_few(named)}')
+                         f'are no categories of {path}: {few(absent)}; it has {few(named)}')
     if not dataset.get('test_mode'):
         wanted = {item['id'] for item in coco.get('categories', []) if item['name'] in classes}
         _check_coco_training(where, dataset.get('filter_cfg') or {}, wanted, coco, path)
@@ -235,38 +228,3 @@ def _check_entries(where, coco, path, named_by_url):
             lacking = [key for key in wanted if entry.get(key) is None]
             if lacking:
                 raise UsageError(f'{where}.ann_file: {name}[{i}] lacks {", ".join(lacking)}: {path}')
-
-
-def _file_sizes(folder, names):
-    """The sizes in bytes of the files beside the named ones, by normalised name below ``folder``."""
-    sizes = {}
-    for parent in {os.path.dirname(os.path.normpath(name)) for name in names}:
-        in_folder = os.path.join(folder, parent)
-        if not os.path.isdir(in_folder):
-            continue
-        with os.scandir(in_folder) as entries:
-            for entry in entries:
-                if entry.is_file():  # no link to what is gone
-                    sizes[os.path.join(parent, entry.name)] = entry.stat().st_size
-    return sizes
-
-
-def _dataset_class(dataset, scope):
-    """The class of a dataset, or None if no registry has it."""
-    kind = dataset.type
-    if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(scope) as datasets:
-            kind = datasets.get(kind)
-    return kind
-
-
-def _classes(dataset, kind):
-    """The classes that the dataset keeps, or None if it keeps all or reads them from a file."""
-    classes = (dataset.get('metainfo') or {}).get('classes')
-    if classes is None:
-        classes = getattr(kind, 'METAINFO', {}).get('classes')
-    return None if isinstance(classes, str) else classes
-
-
-def _few(names, most=5):
-    return ', '.join(map(str, names[:most])) + (', ...' if len(names) > most else '')

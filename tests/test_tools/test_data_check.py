@@ -146,8 +146,8 @@ class TestDataCheck:
         with pytest.raises(UsageError, match='80 of the 80 classes'):
             check_data(cfg, ['train'])
 
-    def test_data_that_is_fetched(self):
-        dataset = dict(type='CIFAR10', data_root='/gone/')
+    @pytest.mark.parametrize('dataset', [dict(type='CIFAR10', data_root='/gone/'), {}], ids=['fetched', 'no type'])
+    def test_left_to_others(self, dataset):
         check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
 
 

@@ -38,8 +38,13 @@ def read_files(folder):
     }
 
 
-def read_json(folder, split):
-    return json.loads((folder / 'annotations' / f'instances_{split}.json').read_text())
+def read_json(folder, split, kind='instances'):
+    return json.loads((folder / 'annotations' / f'{kind}_{split}.json').read_text())
+
+
+def read_pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
 
 
 def arguments(out, **changes):
@@ -53,10 +58,17 @@ def photos():
 
 
 @pytest.fixture(scope='module')
-def dataset(tmp_path_factory):
-    out = tmp_path_factory.mktemp('digits') / 'set'
-    assert tool.make_dataset(out, **SMALL)
-    return out
+def datasets(tmp_path_factory):
+    """The folder of a small data set of each task."""
+    folder = tmp_path_factory.mktemp('digits')
+    for task in tool.TASKS:
+        assert tool.make_dataset(folder / task, **SMALL, task=task)
+    return {task: folder / task for task in tool.TASKS}
+
+
+@pytest.fixture(scope='module')
+def dataset(datasets):
+    return datasets['det']
 
 
 # Files
@@ -190,6 +202,79 @@ def test_background_is_the_crop_written_down(dataset, photos, split):
         assert not (picture == plain).all()
         seen += far.sum()
     assert seen > 1000
+
+
+# Segmentation
+
+
+def test_segmentation_layout(datasets):
+    expected = {f'annotations/pictures_{split}.json' for split in tool.SPLITS}
+    for split in tool.SPLITS:
+        for kind in ('images', 'labels'):
+            expected |= {f'{kind}/{split}/{i:06d}.png' for i in range(SMALL[split])}
+    assert set(read_files(datasets['seg'])) == expected
+
+
+@pytest.mark.parametrize('split', tool.SPLITS)
+def test_segmentation_has_the_pictures_and_masks_of_detection(datasets, split):
+    coco = pytest.importorskip('pycocotools.coco').COCO(
+        datasets['det'] / 'annotations' / f'instances_{split}.json'
+    )
+    told = {image['id']: image for image in read_json(datasets['seg'], split, 'pictures')['images']}
+    for image in coco.loadImgs(coco.getImgIds()):
+        name = image['file_name']
+        picture = datasets['seg'] / 'images' / split / name
+        assert picture.read_bytes() == (datasets['det'] / split / name).read_bytes()
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=image['id']))
+        expected = np.zeros((64, 64), np.uint8)
+        for annotation in annotations:
+            expected[coco.annToMask(annotation) == 1] = annotation['category_id']
+        labels = read_pixels(datasets['seg'] / 'labels' / split / name)
+        assert labels.dtype == np.uint8
+        assert (labels == expected).all()
+        assert told[image['id']]['digit_indices'] == [a['digit_index'] for a in annotations]
+
+
+# Classification
+
+
+def test_classification_layout(datasets):
+    expected = {f'annotations/pictures_{split}.json' for split in tool.SPLITS}
+    for split in tool.SPLITS:
+        expected |= {f'{split}/{i % 10}/{i:06d}.png' for i in range(SMALL[split])}
+    assert set(read_files(datasets['cls'])) == expected
+    # Folders without pictures too: classes are numbered by their folders.
+    for split in tool.SPLITS:
+        assert sorted(p.name for p in (datasets['cls'] / split).iterdir()) == list('0123456789')
+
+
+@pytest.mark.parametrize('split', tool.SPLITS)
+def test_classification_pictures_show_a_digit_of_their_class(datasets, photos, split):
+    target = load_digits().target
+    document = read_json(datasets['cls'], split, 'pictures')
+    assert document['info']['task'] == 'cls'
+    assert len(document['images']) == SMALL[split]
+    for image in document['images']:
+        (digit,) = image['digit_indices']
+        assert digit in tool.digit_range(split)
+        assert image['file_name'].startswith(f'{target[digit]}/')
+        photo = photos[image['photo']]
+        x, y, w, h = image['crop']
+        x0, y0, x1, y1 = tool.region_boxes(photo.shape[1], photo.shape[0])[split]
+        assert x0 <= x < x + w <= x1
+        assert y0 <= y < y + h <= y1
+        picture = read_pixels(datasets['cls'] / split / image['file_name'])
+        assert picture.shape == (64, 64, 3)
+        changed = (picture != tool.to_bytes(tool.scaled(photo[y : y + h, x : x + w], 64))).any(axis=2)
+        assert 0.03 < changed.mean() < 0.6
+
+
+@pytest.mark.parametrize('size', [32, 64])
+def test_largest_single_digits_fit(size):
+    side, threshold = tool.SINGLE_SIDE[1] * size, tool.INK_THRESHOLD[0]
+    for digit in tool.load_digit_pool('train').images:
+        for angle in (-tool.SINGLE_ROTATION, tool.SINGLE_ROTATION):
+            assert max(tool.render_digit(digit, side, angle, threshold).shape) <= size
 
 
 # Masks
@@ -356,6 +441,7 @@ def test_colour_can_be_told_from_the_background(level):
         ('train', 'many', 'from 1 to 999999'),
         ('val', '0', 'from 1 to 999999'),
         ('seed', '-3', 'from 0 to 4294967295'),
+        ('task', 'pose', "'det', 'seg', 'cls'"),
     ],
 )
 def test_bad_argument(tmp_path, capsys, name, value, allowed):
@@ -369,17 +455,29 @@ def test_bad_argument(tmp_path, capsys, name, value, allowed):
     assert not list(tmp_path.iterdir())
 
 
-def test_defaults():
-    args = tool.parse_args([])
-    assert (args.out, args.overwrite) == ('data/digits', False)
-    assert (args.train, args.val, args.size, args.seed) == (1500, 200, 128, 0)
+@pytest.mark.parametrize(
+    ('task', 'out', 'sizes'),
+    [
+        ('det', 'data/digits', (1500, 200, 128)),
+        ('seg', 'data/digits_seg', (1500, 200, 128)),
+        ('cls', 'data/digits_cls', (4000, 500, 64)),
+    ],
+)
+def test_defaults(task, out, sizes):
+    args = tool.parse_args([] if task == 'det' else ['--task', task])
+    assert (args.task, args.out, args.overwrite, args.seed) == (task, out, False, 0)
+    assert (args.train, args.val, args.size) == sizes
+    given = tool.parse_args(['--task', task, '--val', '7', '--out', 'x'])
+    assert (given.out, given.train, given.val, given.size) == ('x', sizes[0], 7, sizes[2])
 
 
-def test_rerun_does_nothing(dataset, capsys):
-    before = {path: path.stat().st_mtime_ns for path in dataset.rglob('*')}
-    assert tool.main(arguments(dataset)) == 0
+@pytest.mark.parametrize('task', tool.TASKS)
+def test_rerun_does_nothing(datasets, capsys, task):
+    out = datasets[task]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob('*')}
+    assert tool.main(arguments(out, task=task)) == 0
     assert 'already holds' in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in dataset.rglob('*')} == before
+    assert {path: path.stat().st_mtime_ns for path in out.rglob('*')} == before
 
 
 @pytest.mark.parametrize(
@@ -404,6 +502,58 @@ def test_incomplete_is_refused_then_overwritten(dataset, tmp_path, capsys, path)
     assert tool.main([*arguments(out), '--overwrite']) == 0
     assert read_files(out) == read_files(dataset)
     assert [entry.name for entry in tmp_path.iterdir()] == ['set']
+
+
+@pytest.mark.parametrize('task', ['seg', 'cls'])
+def test_incomplete_other_task_is_refused_then_overwritten(datasets, tmp_path, capsys, task):
+    out = tmp_path / 'set'
+    tool.make_dataset(out, **SMALL, task=task)
+    next(out.glob({'seg': 'labels/val/*.png', 'cls': 'val/3/*.png'}[task])).unlink()
+    assert tool.main(arguments(out, task=task)) == 1
+    assert '--overwrite' in capsys.readouterr().err
+    assert tool.main([*arguments(out, task=task), '--overwrite']) == 0
+    assert read_files(out) == read_files(datasets[task])
+
+
+@pytest.mark.parametrize(
+    ('held', 'task', 'first'),
+    [
+        ('det', 'seg', 'train'),
+        ('seg', 'cls', 'images'),
+        ('cls', 'det', 'annotations/pictures_train.json'),
+    ],
+)
+def test_data_of_another_task_is_never_replaced(datasets, capsys, held, task, first):
+    before = read_files(datasets[held])
+    assert tool.main([*arguments(datasets[held], task=task), '--overwrite']) == 1
+    message = capsys.readouterr().err
+    assert repr(first) in message
+    assert f'--task {task}' in message
+    assert read_files(datasets[held]) == before
+
+
+@pytest.mark.parametrize(
+    ('task', 'path'),
+    [
+        ('det', 'annotations/captions_val.json'),
+        ('det', 'train/cat.png'),
+        ('seg', 'images/train/holiday.jpg'),
+        ('cls', 'train/n01440764/000001.png'),
+    ],
+)
+def test_other_peoples_files_inside_are_never_replaced(tmp_path, capsys, task, path):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text('x')
+    assert tool.main([*arguments(tmp_path, task=task), '--overwrite']) == 1
+    assert 'no part of a digits data set' in capsys.readouterr().err
+    assert list(read_files(tmp_path)) == [path]
+
+
+def test_foreign_entry_is_named_from_the_top(tmp_path):
+    for path in ('home/a/1.txt', 'train/000000.png', 'home/b/2.txt'):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text('x')
+    assert tool.foreign_entry(tmp_path, 'det') == 'home'
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"info": null}', '{"info": {}}'])
@@ -442,10 +592,10 @@ def test_interruption_leaves_nothing_half_made(tmp_path, monkeypatch, flags):
     before = read_files(tmp_path)
     build = tool.build_split
 
-    def interrupted(folder, split, *rest):
+    def interrupted(folder, task, split, *rest):
         if split == 'val':
             raise KeyboardInterrupt
-        build(folder, split, *rest)
+        build(folder, task, split, *rest)
 
     monkeypatch.setattr(tool, 'build_split', interrupted)
     with pytest.raises(KeyboardInterrupt):

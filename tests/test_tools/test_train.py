@@ -92,12 +92,14 @@ class TestTrain:
     def test_load_from_with_other_classes(self, starting, tmp_path):
         start, state = starting
         start({**{f'module.{name}': value for name, value in state.items()}, 'more': torch.zeros(1)},
-              'model.roi_head.bbox_head.num_classes=7')
+              *(f'model.roi_head.{head}.num_classes=2' for head in ('bbox_head', 'mask_head')),
+              *(f'{split}_dataloader.dataset.metainfo.classes=person,car' for split in ('train', 'val')))
         log = run_log(tmp_path)
         total = sum('num_batches' not in name for name in state)
-        assert f'load_from: {total - 4} of the {total} weights of the model are in the checkpoint' in log
-        box = 'roi_head.bbox_head.fc'
-        assert f'of another shape: {box}_cls.weight, {box}_cls.bias, {box}_reg.weight, {box}_reg.bias\n' in log
+        assert f'load_from: {total - 6} of the {total} weights of the model are in the checkpoint' in log
+        box, mask = 'roi_head.bbox_head.fc', 'roi_head.mask_head.conv_logits'
+        assert (f'of another shape: {box}_cls.weight, {box}_cls.bias, {box}_reg.weight, {box}_reg.bias, '
+                f'{mask}.weight, {mask}.bias\n') in log
         assert 'load_from: not in the model: more\n' in log
 
     @pytest.mark.parametrize('change', [

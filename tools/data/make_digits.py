@@ -51,6 +51,7 @@ Usage:
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -116,11 +117,11 @@ COUNT_LIMITS = (1, 999999)
 SEED_LIMITS = (0, 2**32 - 1)
 
 
-# What --train, --val and --size are unless given.
+# What --out, --train, --val and --size are unless given.
 DEFAULTS = {
-    'det': {'train': 1500, 'val': 200, 'size': 128},
-    'seg': {'train': 1500, 'val': 200, 'size': 128},
-    'cls': {'train': 4000, 'val': 500, 'size': 64},
+    'det': {'out': 'data/digits', 'train': 1500, 'val': 200, 'size': 128},
+    'seg': {'out': 'data/digits_seg', 'train': 1500, 'val': 200, 'size': 128},
+    'cls': {'out': 'data/digits_cls', 'train': 4000, 'val': 500, 'size': 64},
 }
 TASKS = tuple(DEFAULTS)
 
@@ -522,15 +523,20 @@ def holds_same(out, task, wanted):
 
 def foreign_entry(out, task):
     """The path below ``out`` of something that no data set of ``task`` has, or None."""
-    files = {'annotations': r'(instances|pictures)_(train|val)\.json'}
+    known = '|'.join(re.escape(json_file(out, task, split).name) for split in SPLITS)
+    files = {'annotations': known}
     for split in SPLITS:
         files |= dict.fromkeys(picture_folders(task, split), r'\d{6}\.png')
     folders = {parent.as_posix() for name in files for parent in (Path(name), *Path(name).parents)}
-    for path in sorted(out.rglob('*')):
-        name, parent = (p.relative_to(out).as_posix() for p in (path, path.parent))
-        pattern = files.get(parent, '')
-        if not (name in folders if path.is_dir() else re.fullmatch(pattern, path.name)):
-            return name
+    # From the top down: other people's folders are not searched.
+    for place, inner, names in os.walk(out):
+        inner.sort()
+        parent = Path(place).relative_to(out)
+        foreign = [name for name in inner if (parent / name).as_posix() not in folders]
+        pattern = files.get(parent.as_posix(), '')
+        foreign += [name for name in sorted(names) if not re.fullmatch(pattern, name)]
+        if foreign:
+            return (parent / foreign[0]).as_posix()
     return None
 
 
@@ -631,12 +637,14 @@ def parse_args(argv=None):
     parser.add_argument(
         '--task', choices=TASKS, default='det', help='detection, segmentation or classification'
     )
-    parser.add_argument('--out', default='data/digits', help='folder to make')
     count = whole_number(COUNT_LIMITS)
-    sizes = {'train': count, 'val': count, 'size': whole_number(SIZE_LIMITS)}
-    meanings = {'size': 'side of a picture, pixels'}
-    for name, kind in sizes.items():
-        meaning = meanings.get(name, f'number of {name} pictures')
+    options = {
+        'out': (str, 'folder to make'),
+        'train': (count, 'number of train pictures'),
+        'val': (count, 'number of val pictures'),
+        'size': (whole_number(SIZE_LIMITS), 'side of a picture, pixels'),
+    }
+    for name, (kind, meaning) in options.items():
         usual = ', '.join(f'{task} {DEFAULTS[task][name]}' for task in TASKS)
         parser.add_argument(
             f'--{name}', type=kind, default=argparse.SUPPRESS, help=f'{meaning} (default: {usual})'
