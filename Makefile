@@ -10,10 +10,10 @@ SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h') setup.py
 TASK ?= det
 BACKBONE ?= spatialmamba
 DEMO_SEED ?= 0
-METHOD_det := mask_rcnn_
-METHOD_seg := upernet_
-METHOD_cls :=
-DEMO := $(METHOD_$(TASK))$(BACKBONE)_nano_digits
+DEMO_det := mask_rcnn_$(BACKBONE)_nano_digits
+DEMO_seg := upernet_$(BACKBONE)_nano_digits
+DEMO_cls := $(BACKBONE)_nano_digits
+DEMO := $(or $(DEMO_$(TASK)),none)
 SUFFIX := $(if $(filter 0,$(DEMO_SEED)),,_$(DEMO_SEED))
 DEMO_DATA := data/digits$(if $(filter det,$(TASK)),,_$(TASK))$(SUFFIX)
 DEMO_DIR := work_dirs/$(DEMO)$(SUFFIX)
@@ -44,14 +44,23 @@ test: env
 
 # Interrupted, it goes on where it stopped; `make clean` starts over.
 demo: env
-	@test -f configs/$(DEMO).py || { echo 'TASK is $(TASK), expected det, seg or cls; BACKBONE is $(BACKBONE),' \
-		'expected spatialmamba or quadmamba'; exit 1; }
+	@test -f configs/$(DEMO).py || { echo 'There is no demo for TASK=$(TASK) BACKBONE=$(BACKBONE), but for TASK=det with' \
+		'BACKBONE=spatialmamba or quadmamba, and for TASK=seg and TASK=cls with BACKBONE=spatialmamba.'; exit 1; }
 	$(BIN)/python tools/data/make_digits.py --task $(TASK) --out $(DEMO_DATA) --seed $(DEMO_SEED)
 	$(BIN)/python tools/train.py configs/$(DEMO).py --seed 0 --resume --work-dir $(DEMO_DIR) \
-		--cfg-options data_root=$(DEMO_DATA)/
+		--cfg-options data_root=$(DEMO_DATA)/ $(DEMO_OPTIONS)
 	$(BIN)/python tools/test.py configs/$(DEMO).py "$$(cat $(DEMO_DIR)/last_checkpoint)" \
 		--work-dir $(DEMO_DIR)/evaluation --show-dir $(DEMO_DIR)/pictures --cfg-options data_root=$(DEMO_DATA)/
 	$(BIN)/python tools/analysis/montage.py $(DEMO_DIR)/pictures $(DEMO_DIR)/demo.jpg
+
+# The segmentor starts from the backbone of the classifier, whose demo runs first.
+ifeq ($(TASK),seg)
+CLASSIFIER := work_dirs/$(BACKBONE)_nano_digits$(SUFFIX)/epoch_24.pth
+DEMO_OPTIONS := pretrained=$(CLASSIFIER)
+demo: $(CLASSIFIER)
+$(CLASSIFIER):
+	$(MAKE) demo TASK=cls
+endif
 
 benchmark: env
 	$(BIN)/python tools/benchmarks/cpu.py

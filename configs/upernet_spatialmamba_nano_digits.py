@@ -1,4 +1,5 @@
-# The segmentation demo: a slim Spatial-Mamba UPerNet from scratch on digits, minutes on two CPU cores.
+# The segmentation demo: a UPerNet on digits whose backbone starts from the classification demo, minutes on two CPU
+# cores.
 _base_ = [
     '_base_/models/upernet.py',
     '_base_/datasets/digits_semantic.py',
@@ -6,17 +7,21 @@ _base_ = [
 ]
 custom_imports = dict(imports=['mmvssm'], allow_failed_imports=False)
 
+pretrained = 'work_dirs/spatialmamba_nano_digits/epoch_24.pth'
 num_classes = 11
 norm = dict(type='BN', requires_grad=True)
+loss = dict(class_weight=[0.3] + [1.0] * 10)  # of ten pixels nine are background
 
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
     backbone=dict(
         type='SpatialMamba',
-        arch=dict(embed_dims=32, depths=(1, 1, 2, 1)),
-        drop_path_rate=0.),
-    decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=num_classes, norm_cfg=norm),
-    auxiliary_head=dict(in_channels=128, channels=64, num_classes=num_classes, norm_cfg=norm))
+        arch=dict(embed_dims=24, depths=(1, 1, 2, 1)),
+        drop_path_rate=0.,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained)),
+    decode_head=dict(in_channels=[24, 48, 96, 192], channels=64, num_classes=num_classes, norm_cfg=norm,
+                     loss_decode=loss),
+    auxiliary_head=dict(in_channels=96, channels=64, num_classes=num_classes, norm_cfg=norm, loss_decode=loss))
 
 iterations = 1000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)

@@ -25,7 +25,8 @@ train, make_digits = map(load_tool, ('train', 'data/make_digits'))
 COMMON = '''
 _base_ = '{configs}/{base}'
 slim_backbone = dict(
-    type='{backbone}', arch=dict(_delete_=True, embed_dims=8, depths=(1, 1, 1, 1)), drop_path_rate=0.2)
+    type='{backbone}', arch=dict(_delete_=True, embed_dims=8, depths=(1, 1, 1, 1)), drop_path_rate=0.2,
+    init_cfg=None)
 slim_widths = [8, 16, 32, 64]
 read_image = dict(type='LoadImageFromFile')
 custom_hooks = [dict(type='EMAHook', momentum=0.1)]

@@ -1,4 +1,0 @@
-# The demo with QuadMamba: same widths, depths and training.
-_base_ = './upernet_spatialmamba_nano_digits.py'
-
-model = dict(backbone=dict(type='QuadMamba'))
