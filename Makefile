@@ -17,6 +17,10 @@ DEMO := $(or $(DEMO_$(TASK)),none)
 SUFFIX := $(if $(filter 0,$(DEMO_SEED)),,_$(DEMO_SEED))
 DEMO_DATA := data/digits$(if $(filter det,$(TASK)),,_$(TASK))$(SUFFIX)
 DEMO_DIR := work_dirs/$(DEMO)$(SUFFIX)
+ifeq ($(filter demo,$(MAKECMDGOALS))$(wildcard configs/$(DEMO).py),demo)
+$(error There is no demo for TASK=$(TASK) BACKBONE=$(BACKBONE), but for TASK=det with BACKBONE=spatialmamba or quadmamba, \
+and for TASK=seg and TASK=cls with BACKBONE=spatialmamba)
+endif
 
 .PHONY: env test demo benchmark clean
 
@@ -44,8 +48,6 @@ test: env
 
 # Interrupted, it goes on where it stopped; `make clean` starts over.
 demo: env
-	@test -f configs/$(DEMO).py || { echo 'There is no demo for TASK=$(TASK) BACKBONE=$(BACKBONE), but for TASK=det with' \
-		'BACKBONE=spatialmamba or quadmamba, and for TASK=seg and TASK=cls with BACKBONE=spatialmamba.'; exit 1; }
 	$(BIN)/python tools/data/make_digits.py --task $(TASK) --out $(DEMO_DATA) --seed $(DEMO_SEED)
 	$(BIN)/python tools/train.py configs/$(DEMO).py --seed 0 --resume --work-dir $(DEMO_DIR) \
 		--cfg-options data_root=$(DEMO_DATA)/ $(DEMO_OPTIONS)
@@ -58,7 +60,7 @@ ifeq ($(TASK),seg)
 CLASSIFIER := work_dirs/$(BACKBONE)_nano_digits$(SUFFIX)/epoch_24.pth
 DEMO_OPTIONS := pretrained=$(CLASSIFIER)
 demo: $(CLASSIFIER)
-$(CLASSIFIER):
+$(CLASSIFIER): | env
 	$(MAKE) demo TASK=cls
 endif
 

@@ -23,7 +23,7 @@ model = dict(
                      loss_decode=loss),
     auxiliary_head=dict(in_channels=96, channels=64, num_classes=num_classes, norm_cfg=norm, loss_decode=loss))
 
-iterations = 1000
+iterations = 600
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -38,4 +38,5 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=25),
-    checkpoint=dict(interval=400))
+    checkpoint=dict(interval=200))
+visualizer = dict(alpha=0.6)  # the photograph shows through

@@ -5,6 +5,8 @@ from collections import OrderedDict
 from mmengine.hooks import Hook
 from mmengine.runner import load_state_dict
 
+from mmvssm.models.layers.backbone import VisionSSM
+
 from .config import UsageError, one_line
 
 
@@ -29,6 +31,8 @@ class PartialLoadingHook(Hook):
         while hasattr(model, 'module'):
             model = model.module
         given = _weights(checkpoint)
+        if isinstance(getattr(model, 'backbone', None), VisionSSM):
+            model.backbone._to_own_names(given, 'backbone.')
         state = model.state_dict()
         own = {name: value.shape for name, value in state.items()
                if not name.endswith('num_batches_tracked')}

@@ -1,9 +1,8 @@
 """Checks of the folders that MMPretrain's ``CustomDataset`` and ``ImageNet`` read."""
 import os
 
-from mmengine.registry import DATASETS
-
 from .config import UsageError, type_name
+from .dataset_config import class_names, dataset_class, few, lists_like
 
 # Those of MMPretrain's CustomDataset, ImageNet and ImageNet21k.
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
@@ -25,8 +24,8 @@ def check_image_folder(cfg, where, dataset):
     Raises:
         UsageError: The layout is another; the message says what was found, what is expected and how to set it.
     """
-    kind = _kind(cfg, dataset)
-    if not _lists_folders(kind):
+    kind = dataset_class(cfg, dataset)
+    if not _lists_images(kind):
         return
     folder = _folder(dataset)
     if not os.path.isdir(folder):
@@ -70,7 +69,7 @@ def _check_class_folders(where, dataset, kind, folder):
     if not names:
         raise UsageError(f'{where}: {_found(folder)} but no class folders; expected {path}/CLASS/IMAGE, or a list '
                          f'of images and class numbers, set with --cfg-options {where}.ann_file=FILE')
-    classes = _classes(dataset, kind)
+    classes = class_names(dataset, kind)
     if len(names) == 1 and (classes is None or len(classes) > 1):
         inner = os.path.join(folder, names[0])
         if len(_class_folders(inner)) > 1 and not _has_image(inner, extensions, recursive=False):
@@ -81,8 +80,8 @@ def _check_class_folders(where, dataset, kind, folder):
         raise UsageError(f'{where}: no images ({", ".join(extensions)}) in the {len(names)} class folders of '
                          f'{path}; {_found(os.path.join(folder, names[0]))}')
     if classes is not None and len(classes) != len(names):
-        raise UsageError(f'{where}: {path} has {len(names)} class folders ({_few(names)}), expected {len(classes)} '
-                         f'for the classes of this {type_name(dataset)} ({_few(classes)}); set its classes with '
+        raise UsageError(f'{where}: {path} has {len(names)} class folders ({few(names)}), expected {len(classes)} '
+                         f'for the classes of this {type_name(dataset)} ({few(classes)}); set its classes with '
                          f'--cfg-options {where}.metainfo.classes=NAME,NAME,...')
 
 
@@ -91,30 +90,22 @@ def _compare_with_training(cfg, where, folder):
     train = (cfg.get('train_dataloader') or {}).get('dataset') or {}
     while 'dataset' in train:
         train = train['dataset']
-    if where.startswith('train_dataloader') or 'type' not in train or not _lists_folders(_kind(cfg, train)) \
+    if where.startswith('train_dataloader') or 'type' not in train or not _lists_images(dataset_class(cfg, train)) \
             or _ann_file(train) or not _with_label(train) or not os.path.isdir(_folder(train)):
         return
     trained, names = set(_class_folders(_folder(train))), set(_class_folders(folder))
     if len(trained) == len(names) and trained.isdisjoint(names):
         return  # other names for the same classes
     if trained != names:
-        parts = [f'{len(only)} only in {os.path.abspath(place)} ({_few(sorted(only))})'
+        parts = [f'{len(only)} only in {os.path.abspath(place)} ({few(sorted(only))})'
                  for only, place in ((trained - names, _folder(train)), (names - trained, folder)) if only]
         raise UsageError(f'{where}: the class folders are not those of training: {"; ".join(parts)}; labels count '
                          'the folders by name, so both need the same (an empty folder for a class without images)')
 
 
-def _kind(cfg, dataset):
-    kind = dataset['type']
-    if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as datasets:
-            kind = datasets.get(kind)
-    return kind
-
-
-def _lists_folders(kind):
+def _lists_images(kind):
     """Whether a dataset class lists its images by the method of MMPretrain's ``CustomDataset``."""
-    return getattr(getattr(kind, 'load_data_list', None), '__module__', '') == 'mmpretrain.datasets.custom'
+    return lists_like(kind, 'mmpretrain.datasets.custom.CustomDataset')
 
 
 def _prefix(dataset):
@@ -141,14 +132,6 @@ def _with_label(dataset):
     return dataset.get('with_label', True) and dataset.get('split') != 'test'
 
 
-def _classes(dataset, kind):
-    """The names of the classes, or None if the folders or a file give them."""
-    classes = (dataset.get('metainfo') or {}).get('classes') or dataset.get('classes')
-    if classes is None:
-        classes = getattr(kind, 'METAINFO', {}).get('classes')
-    return None if isinstance(classes, str) else classes
-
-
 def _class_folders(folder):
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
@@ -168,9 +151,4 @@ def _found(folder):
     if not os.path.isdir(folder):
         return f'there is no {path}'
     names = sorted(os.listdir(folder))
-    return f'{path} has {_few(names)}' if names else f'{path} is empty'
-
-
-def _few(names, most=4):
-    names = list(names)
-    return ', '.join(names[:most]) + (f', ... ({len(names)} in all)' if len(names) > most else '')
+    return f'{path} has {few(names)}' if names else f'{path} is empty'

@@ -92,6 +92,10 @@ def test_own_classifier_for_dense_tasks_keeps_fresh_output_norms(family, wrap):
     last = build(family, out_indices=(3,))
     last.load_state_dict(wrap(own))
     assert_loaded(last, weights)
+    earlier = build(family, out_indices=(2,))
+    fresh = {n: t.clone() for n, t in earlier.state_dict().items() if n.startswith('outnorm')}
+    earlier.load_state_dict(wrap(own))
+    assert_loaded(earlier, weights | fresh)
 
 
 def older_names(weights):

@@ -1,10 +1,14 @@
 """tools/train.py on a model and data of a few seconds."""
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tool_testing import ROOT, TINY, load_tool, run_log
+
+from mmvssm.engine.hooks import PartialLoadingHook
+from mmvssm.models.backbones import QuadMamba
 
 train = load_tool('train')
 
@@ -149,3 +153,15 @@ class TestTrain:
         layers = [type(layer).__name__ for layer in models[0].neck.modules()]
         assert any('BatchNorm' in name for name in layers)
         assert not any('Sync' in name for name in layers)
+
+
+def test_load_from_takes_older_names_of_quadmamba():
+    model = torch.nn.Module()
+    model.backbone = QuadMamba(dict(embed_dims=8, depths=(1, 1, 1, 1)))
+    older = {name.replace('.norm.', '.ln_1.').replace('.op.', '.self_attention.'): value
+             for name, value in model.state_dict().items()}
+    assert len(older.keys() - model.state_dict().keys()) > len(older) / 2
+    lines = []
+    runner = SimpleNamespace(model=model, logger=SimpleNamespace(info=lines.append, warning=lines.append))
+    PartialLoadingHook().after_load_checkpoint(runner, {'state_dict': older})
+    assert lines == [f'load_from: {len(older)} of the {len(older)} weights of the model are in the checkpoint']

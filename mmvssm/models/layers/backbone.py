@@ -170,7 +170,7 @@ class VisionSSM(BaseModule):
         final_norm, head = (prefix + p for p in self.classifier_prefixes)
         last = f'{prefix}outnorm{len(self.depths) - 1}.'
         norms = [name for name in state_dict if name.startswith(f'{prefix}outnorm')]
-        if len(self.out_indices) > 1 and norms and all(name.startswith(last) for name in norms):
+        if self.out_indices != (len(self.depths) - 1,) and norms and all(name.startswith(last) for name in norms):
             for name in norms:  # of a classifier trained here
                 state_dict[final_norm + name[len(last):]] = state_dict.pop(name)
         is_classifier = any(name.startswith((final_norm, head)) for name in state_dict)
