@@ -1,4 +1,6 @@
 import pytest
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.visualization import Visualizer
 from tool_testing import TINY_DETECTOR, load_tool, make_coco
 
 
@@ -8,6 +10,14 @@ def _unformatted_configs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **options: (text, True))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_instances_of_other_runs():
+    """MMEngine keeps loggers and visualizers by name while the process lives, and names runs by the second:
+    a run would write into the log of one before it, or draw with its visualizer."""
+    for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')
