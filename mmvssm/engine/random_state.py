@@ -48,8 +48,8 @@ class RandomStateHook(Hook):
     Validation takes no part: training goes on after it with the random state from before. So it makes no
     difference that a checkpoint is saved before the validation of its iteration, which a resumed run leaves out.
 
-    A checkpoint has one state for each rank under ``random_states``; for now that of rank 0, which saves it. A rank
-    without one starts from the seed and says so in the log.
+    A checkpoint has one state for each rank under ``random_states``; for now that of rank 0 alone, which saves it.
+    A rank without one starts from the seed again.
     """
 
     priority = 'VERY_HIGH'
