@@ -3,12 +3,13 @@ from ._core.backends import BackendError, use_backend
 from .depthwise_conv import depthwise_conv, depthwise_conv_reference
 from .norm_gate import norm_gate, norm_gate_reference
 from .quadtree import from_quadtree, quadtree_reference, select_window, to_quadtree, window_scores
+from .residual_conv_norm import residual_conv_norm, residual_conv_norm_reference
 from .selective_scan import cross_scan_order, selective_scan, selective_scan_reference, two_way_order
 from .state_fusion import state_fusion, state_fusion_reference
 
 __all__ = [
     'BackendError', 'use_backend', 'cross_scan_order', 'depthwise_conv', 'depthwise_conv_reference',
-    'from_quadtree', 'norm_gate', 'norm_gate_reference', 'quadtree_reference', 'select_window', 'selective_scan',
-    'selective_scan_reference', 'state_fusion', 'state_fusion_reference', 'to_quadtree', 'two_way_order',
-    'window_scores',
+    'from_quadtree', 'norm_gate', 'norm_gate_reference', 'quadtree_reference', 'residual_conv_norm',
+    'residual_conv_norm_reference', 'select_window', 'selective_scan', 'selective_scan_reference', 'state_fusion',
+    'state_fusion_reference', 'to_quadtree', 'two_way_order', 'window_scores',
 ]

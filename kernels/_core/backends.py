@@ -9,6 +9,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from .precision import without_autocast
+
 _requested = None  # a plain global: autograd runs backward passes in threads of its own
 
 
@@ -24,11 +28,22 @@ class Backend:
         name: what users request, e.g. ``'cpu'``.
         why_not: called with the operator's first tensor; the reason why this backend cannot run, or None.
         forward, backward: the implementation, with the arguments of the operator and its backward.
+        casts: it reads floating-point tensors of any precision itself; the others get them in the precision
+            that they compute in.
     """
     name: str
     why_not: Callable
     forward: Callable
     backward: Callable
+    casts: bool = False
+
+    def run(self, step, args, dtype, **kwargs):
+        """``step``, ``'forward'`` or ``'backward'``, on ``args``, computing in ``dtype`` whatever autocast says."""
+        function = getattr(self, step)
+        if self.casts:
+            return function(*args, **kwargs)
+        args = [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        return without_autocast(function)(*args, **kwargs)
 
 
 def requested_backend():
@@ -38,7 +53,7 @@ def requested_backend():
 
 @contextlib.contextmanager
 def use_backend(name):
-    """Run the operators called inside the ``with`` block on backend ``name`` (``'cpu'``, ``'torch'``), or
+    """Run the operators called inside the ``with`` block on backend ``name`` (``'triton'``, ``'cpu'``, ``'torch'``), or
     raise :class:`BackendError` with the reason. ``None`` asks for nothing: ``MMVSSM_BACKEND`` or the
     automatic choice decides.
 

@@ -13,10 +13,10 @@ def without_autocast(fn):
     """Run ``fn`` with autocast off: PyTorch operations inside an operator must not lower its precision."""
 
     @functools.wraps(fn)
-    def wrapped(x, *args):
+    def wrapped(x, *args, **kwargs):
         if not torch.is_autocast_enabled(x.device.type):
-            return fn(x, *args)
+            return fn(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
-            return fn(x, *args)
+            return fn(x, *args, **kwargs)
 
     return wrapped

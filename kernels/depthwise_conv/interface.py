@@ -1,8 +1,6 @@
 """The public depthwise convolution: validates, documents, calls the operator."""
-import torch
-
 from .._core.checks import check_same_device, check_shape
-from . import flops, ops  # noqa: F401  (register the operator)
+from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 
 def depthwise_conv(x, weight, bias=None, *, residual=False, activation=None):
@@ -34,4 +32,4 @@ def depthwise_conv(x, weight, bias=None, *, residual=False, activation=None):
     check_shape(op, 'weight', weight, (dim, 1, 3, 3), '(D, 1, 3, 3)')
     if bias is not None:
         check_shape(op, 'bias', bias, (dim,), '(D,)')
-    return torch.ops.mmvssm.depthwise_conv(x, weight, bias, residual, activation == 'silu')
+    return ops.depthwise_conv(x, weight, bias, residual, activation == 'silu')

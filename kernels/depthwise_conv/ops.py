@@ -2,7 +2,8 @@
 import torch
 
 from .._core.backends import choose
-from .._core.precision import compute_dtype, without_autocast
+from .._core.eager import backward_caller, caller
+from .._core.precision import compute_dtype
 from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
@@ -13,24 +14,15 @@ lib.define(f'depthwise_conv({_ARGS}) -> Tensor')
 lib.define(f'depthwise_conv_backward(Tensor grad, {_ARGS}) -> (Tensor, Tensor, Tensor)')
 
 
-def _run(step, x, *args):
-    return getattr(choose('depthwise_conv', BACKENDS, x), step)(*args)
-
-
-def _cast(dtype, *tensors):
-    return [None if t is None else t.to(dtype) for t in tensors]
-
-
-@without_autocast
 def _forward(x, weight, bias, residual, silu):
-    tensors = _cast(compute_dtype(x), x, weight, bias)
-    return _run('forward', x, *tensors, residual, silu).to(x.dtype).contiguous()
+    backend = choose('depthwise_conv', BACKENDS, x)
+    y = backend.run('forward', (x, weight, bias, residual, silu), compute_dtype(x))
+    return y.to(x.dtype).contiguous()
 
 
-@without_autocast
 def _backward(grad, x, weight, bias, residual, silu):
-    tensors = _cast(compute_dtype(x), grad, x, weight, bias)
-    grads = _run('backward', x, *tensors, residual, silu)
+    backend = choose('depthwise_conv', BACKENDS, x)
+    grads = backend.run('backward', (grad, x, weight, bias, residual, silu), compute_dtype(x))
     return tuple(x.new_empty(0) if a is None else g.to(a.dtype).contiguous()
                  for a, g in zip((x, weight, bias), grads, strict=True))
 
@@ -50,7 +42,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad):
     x, weight, bias = ctx.saved_tensors
-    grads = torch.ops.mmvssm.depthwise_conv_backward(grad, x, weight, bias, ctx.residual, ctx.silu)
+    grads = _call_backward(grad, x, weight, bias, ctx.residual, ctx.silu)
     return (*grads[:2], None if bias is None else grads[2], None, None)
 
 
@@ -60,3 +52,7 @@ torch.library.register_fake('mmvssm::depthwise_conv', _fake, lib=lib)
 torch.library.register_fake('mmvssm::depthwise_conv_backward', _fake_backward, lib=lib)
 torch.library.register_autograd('mmvssm::depthwise_conv', _autograd, setup_context=_setup_context, lib=lib)
 torch.library.register_autograd('mmvssm::depthwise_conv_backward', no_second_derivative('depthwise_conv'), lib=lib)
+
+_call_backward = backward_caller(torch.ops.mmvssm.depthwise_conv_backward, _backward)
+#: What :mod:`interface` calls: the operator, or where nothing watches what it does.
+depthwise_conv = caller(torch.ops.mmvssm.depthwise_conv, _forward, _setup_context, _autograd)

@@ -2,7 +2,8 @@
 import torch
 
 from .._core.backends import choose
-from .._core.precision import compute_dtype, without_autocast
+from .._core.eager import backward_caller, caller
+from .._core.precision import compute_dtype
 from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
@@ -13,20 +14,16 @@ lib.define(f'norm_gate({_ARGS}) -> Tensor')
 lib.define(f'norm_gate_backward(Tensor grad, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)')
 
 
-@without_autocast
 def _forward(x, *args):
-    *tensors, eps = (x, *args)
-    dtype = compute_dtype(x)
-    y = choose('norm_gate', BACKENDS, x).forward(*(t.to(dtype) for t in tensors), eps)
+    backend = choose('norm_gate', BACKENDS, x)
+    y = backend.run('forward', (x, *args), compute_dtype(x))
     return y.to(x.dtype).contiguous()
 
 
-@without_autocast
 def _backward(grad, *args):
-    *tensors, eps = args
-    dtype = compute_dtype(tensors[0])
-    grads = choose('norm_gate', BACKENDS, grad).backward(*(t.to(dtype) for t in (grad, *tensors)), eps)
-    return tuple(g.to(t.dtype).contiguous() for t, g in zip(tensors, grads, strict=True))
+    backend = choose('norm_gate', BACKENDS, args[0])
+    grads = backend.run('backward', (grad, *args), compute_dtype(args[0]))
+    return tuple(g.to(t.dtype).contiguous() for t, g in zip(args[:4], grads, strict=True))
 
 
 def _fake(x, z, weight, bias, eps):
@@ -43,7 +40,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad):
-    return (*torch.ops.mmvssm.norm_gate_backward(grad, *ctx.saved_tensors, ctx.eps), None)
+    return (*_call_backward(grad, *ctx.saved_tensors, ctx.eps), None)
 
 
 lib.impl('norm_gate', _forward, 'CompositeExplicitAutograd')
@@ -52,3 +49,7 @@ torch.library.register_fake('mmvssm::norm_gate', _fake, lib=lib)
 torch.library.register_fake('mmvssm::norm_gate_backward', _fake_backward, lib=lib)
 torch.library.register_autograd('mmvssm::norm_gate', _autograd, setup_context=_setup_context, lib=lib)
 torch.library.register_autograd('mmvssm::norm_gate_backward', no_second_derivative('norm_gate'), lib=lib)
+
+_call_backward = backward_caller(torch.ops.mmvssm.norm_gate_backward, _backward)
+#: What :mod:`interface` calls: the operator, or where nothing watches what it does.
+norm_gate = caller(torch.ops.mmvssm.norm_gate, _forward, _setup_context, _autograd)

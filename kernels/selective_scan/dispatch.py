@@ -3,7 +3,18 @@ import torch
 
 from .._core.backends import Backend
 from .._core.extension import why_not_cpu
+from .._core.triton_support import why_not_triton
 from . import composed
+
+
+def _triton_forward(*args, chunk):
+    from .triton import forward
+    return forward(*args, chunk=chunk)
+
+
+def _triton_backward(*args, chunk):
+    from .triton import backward
+    return backward(*args, chunk=chunk)
 
 
 def _cpu_forward(*args, chunk):
@@ -20,6 +31,7 @@ def _cpu_backward(grad, x, dt, A, B, C, dt_weight, dt_bias, D, order, states, *,
 
 
 BACKENDS = (
+    Backend('triton', why_not_triton, _triton_forward, _triton_backward, casts=True),
     Backend('cpu', why_not_cpu, _cpu_forward, _cpu_backward),
     Backend('torch', lambda tensor: None, composed.forward, composed.backward),
 )

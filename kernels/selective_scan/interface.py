@@ -2,7 +2,7 @@
 import torch
 
 from .._core.checks import check_same_device, check_shape
-from . import flops, ops  # noqa: F401  (register the operator)
+from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 
 def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=None):
@@ -84,4 +84,4 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
         if order.device != x.device:
             raise ValueError(f'{op}: tensors must be on one device, got x on {x.device}, '
                              f'order on {order.device}')
-    return torch.ops.mmvssm.selective_scan(x, dt, A, B, C, dt_weight, dt_bias, D, order)[0]
+    return ops.selective_scan(x, dt, A, B, C, dt_weight, dt_bias, D, order)[0]

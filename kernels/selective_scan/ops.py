@@ -3,7 +3,8 @@ graph sees one opaque node."""
 import torch
 
 from .._core.backends import choose
-from .._core.precision import compute_dtype, without_autocast
+from .._core.eager import backward_caller, caller
+from .._core.precision import compute_dtype
 from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
@@ -19,10 +20,6 @@ lib.define(f'selective_scan_backward(Tensor grad, {_ARGS}, Tensor states) -> '
            '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 
 
-def _cast(args, dtype):
-    return [a.to(dtype) if a is not None and a.is_floating_point() else a for a in args]
-
-
 def _check_order(order):
     """Kernels write where ``order`` says. On a GPU the check would have to wait for it, so there is none."""
     if order is None or order.device.type != 'cpu' or order.numel() == 0:
@@ -34,20 +31,18 @@ def _check_order(order):
                          f'0 to {length - 1} once in a row')
 
 
-@without_autocast
 def _forward(*args):
     _check_order(args[8])
-    x, dtype = args[0], compute_dtype(args[0])
-    y, states = choose('selective_scan', BACKENDS, x).forward(*_cast(args, dtype), chunk=CHUNK)
+    x = args[0]
+    backend = choose('selective_scan', BACKENDS, x)
+    y, states = backend.run('forward', args, compute_dtype(x), chunk=CHUNK)
     return y.to(x.dtype).contiguous(), states
 
 
-@without_autocast
 def _backward(grad, *args_and_states):
-    args, states = args_and_states[:-1], args_and_states[-1]
-    dtype = compute_dtype(args[0])
-    grads = choose('selective_scan', BACKENDS, args[0]).backward(
-        grad.to(dtype), *_cast(args, dtype), states, chunk=CHUNK)
+    args = args_and_states[:-1]
+    backend = choose('selective_scan', BACKENDS, args[0])
+    grads = backend.run('backward', (grad, *args_and_states), compute_dtype(args[0]), chunk=CHUNK)
     return tuple(_empty(args[0]) if a is None else g.to(a.dtype).contiguous()
                  for a, g in zip(args[:8], grads, strict=True))
 
@@ -78,7 +73,7 @@ def _autograd(ctx, grad, _grad_states):
     saved = ctx.saved_tensors
     if grad is None:
         return (None,) * 9
-    grads = torch.ops.mmvssm.selective_scan_backward(grad, *saved)
+    grads = _call_backward(grad, *saved)
     return (*(None if a is None else g for a, g in zip(saved[:8], grads, strict=True)), None)
 
 
@@ -88,3 +83,7 @@ torch.library.register_fake('mmvssm::selective_scan', _fake, lib=lib)
 torch.library.register_fake('mmvssm::selective_scan_backward', _fake_backward, lib=lib)
 torch.library.register_autograd('mmvssm::selective_scan', _autograd, setup_context=_setup_context, lib=lib)
 torch.library.register_autograd('mmvssm::selective_scan_backward', no_second_derivative('selective_scan'), lib=lib)
+
+_call_backward = backward_caller(torch.ops.mmvssm.selective_scan_backward, _backward)
+#: What :mod:`interface` calls: the operator, or where nothing watches what it does.
+selective_scan = caller(torch.ops.mmvssm.selective_scan, _forward, _setup_context, _autograd)

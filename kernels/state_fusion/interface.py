@@ -1,8 +1,6 @@
 """The public state fusion: validates, documents, calls the operator."""
-import torch
-
 from .._core.checks import check_same_device, check_shape
-from . import flops, ops  # noqa: F401  (register the operator)
+from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 
 def state_fusion(h, C, x, D, kernels, alpha):
@@ -44,4 +42,4 @@ def state_fusion(h, C, x, D, kernels, alpha):
     check_shape(op, 'alpha', alpha, (3,), '(3,)')
     for name, kernel in named.items():
         check_shape(op, name, kernel, (dim, 1, 3, 3), '(D, 1, 3, 3)')
-    return torch.ops.mmvssm.state_fusion(h, C, x, D, *kernels, alpha)
+    return ops.state_fusion(h, C, x, D, *kernels, alpha)

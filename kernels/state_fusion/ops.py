@@ -2,7 +2,8 @@
 import torch
 
 from .._core.backends import choose
-from .._core.precision import compute_dtype, without_autocast
+from .._core.eager import backward_caller, caller
+from .._core.precision import compute_dtype
 from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
@@ -13,18 +14,16 @@ lib.define(f'state_fusion({_ARGS}) -> Tensor')
 lib.define(f"state_fusion_backward(Tensor grad, {_ARGS}) -> ({', '.join(['Tensor'] * 8)})")
 
 
-@without_autocast
 def _forward(*args):
     h, x = args[0], args[2]
-    dtype = compute_dtype(h)
-    y = choose('state_fusion', BACKENDS, h).forward(*(a.to(dtype) for a in args))
+    backend = choose('state_fusion', BACKENDS, h)
+    y = backend.run('forward', args, compute_dtype(h))
     return y.to(x.dtype).contiguous()
 
 
-@without_autocast
 def _backward(grad, *args):
-    dtype = compute_dtype(args[0])
-    grads = choose('state_fusion', BACKENDS, args[0]).backward(grad.to(dtype), *(a.to(dtype) for a in args))
+    backend = choose('state_fusion', BACKENDS, args[0])
+    grads = backend.run('backward', (grad, *args), compute_dtype(args[0]))
     return tuple(g.to(a.dtype).contiguous() for a, g in zip(args, grads, strict=True))
 
 
@@ -41,7 +40,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad):
-    return torch.ops.mmvssm.state_fusion_backward(grad, *ctx.saved_tensors)
+    return _call_backward(grad, *ctx.saved_tensors)
 
 
 lib.impl('state_fusion', _forward, 'CompositeExplicitAutograd')
@@ -50,3 +49,7 @@ torch.library.register_fake('mmvssm::state_fusion', _fake, lib=lib)
 torch.library.register_fake('mmvssm::state_fusion_backward', _fake_backward, lib=lib)
 torch.library.register_autograd('mmvssm::state_fusion', _autograd, setup_context=_setup_context, lib=lib)
 torch.library.register_autograd('mmvssm::state_fusion_backward', no_second_derivative('state_fusion'), lib=lib)
+
+_call_backward = backward_caller(torch.ops.mmvssm.state_fusion_backward, _backward)
+#: What :mod:`interface` calls: the operator, or where nothing watches what it does.
+state_fusion = caller(torch.ops.mmvssm.state_fusion, _forward, _setup_context, _autograd)

@@ -1,6 +1,12 @@
 import pytest
 import torch
 
+from mmvssm.kernels._core.triton_support import INTERPRETED
+
+if INTERPRETED:
+    import interpreter
+    interpreter.mend()
+
 
 @pytest.fixture(autouse=True)
 def threads(request):

@@ -45,8 +45,10 @@ def assert_same_bits(got, other):
     pytest.param(torch.bfloat16, 1, id='bfloat16'),
     pytest.param(torch.float16, 1, id='float16'),
 ], indirect=['threads'])
-@pytest.mark.parametrize('call', calls(), ids=str)
+@pytest.mark.parametrize('call', calls(slow=True), ids=str)
 def test_matches_reference(call, dtype, threads):
+    if call.backend == 'triton' and threads > 1:
+        pytest.skip('triton does not use the threads of the processor')
     call.check(call.evaluate(call.inputs(dtype)), expected(call.op, call.case, dtype))
 
 
@@ -118,9 +120,10 @@ def test_fake_tensors_foretell_shape_dtype_and_strides(call, dtype):
             assert r.is_contiguous()
 
 
-@pytest.mark.parametrize('call', calls(lambda name, case: case.layout != 'contiguous'), ids=str)
+@pytest.mark.parametrize('call', calls(lambda name, case: case.layout != 'contiguous', slow=True), ids=str)
 def test_strides_do_not_matter(call):
-    strided = call.inputs(torch.float64)
+    dtype, tolerance = (torch.float32, 1e-5) if call.backend == 'triton' else (torch.float64, 1e-12)
+    strided = call.inputs(dtype)
     assert any(not t.is_contiguous() for t in strided.values() if t is not None)
     contiguous = {name: None if t is None else t.contiguous() for name, t in strided.items()}
     output = call.forward(contiguous)
@@ -129,7 +132,7 @@ def test_strides_do_not_matter(call):
     dense = call.evaluate(contiguous, cotangent=cotangent)
     got = call.evaluate(strided, cotangent=cotangent.mT.contiguous().mT)
     for name, tensor in dense.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
+        torch.testing.assert_close(got[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize('threads', [1, 4], indirect=True)
@@ -187,7 +190,10 @@ def test_compiles_without_graph_break(call):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=['float64', 'bfloat16'])
 def test_backward_may_run_on_another_backend(op, first, second, dtype, device):
     """A request can change between forward and backward: what forward leaves behind is common to all."""
+    interpreted = 'triton' in (first, second) and device == 'cpu'
     for name in room(op, 'cases').CASES:
+        if interpreted and not name.startswith('tiny'):
+            continue  # slow
         forward, backward = Call(op, name, first, device), Call(op, name, second, device)
         backward.inputs(dtype)  # or skip
         tensors = leaves(forward.inputs(dtype))

@@ -1,0 +1,54 @@
+"""Functions that Triton kernels share; float32 in, float32 out, by the GPU's special function unit."""
+import triton
+import triton.language as tl
+
+from .triton_support import INTERPRETED
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _unit(x, FUNCTION: tl.constexpr):
+    """One instruction of the special function unit; numbers below 1e-38 count as 0."""
+    return tl.inline_asm_elementwise(FUNCTION + '.approx.ftz.f32 $0, $1;', '=f,f', [x], tl.float32, True, 1)
+
+
+@triton.jit
+def exp2(x):
+    """``2**x``; relative error 2e-7."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return _unit(x, 'ex2')
+
+
+@triton.jit
+def exp(x):
+    """``exp(x)``; relative error 2e-7 + 1e-7 |x|."""
+    return exp2(x * LOG2_E)
+
+
+@triton.jit
+def log2(x):
+    """Logarithm to base 2; absolute error 3e-7 between 1/2 and 2, relative error 1e-7 elsewhere."""
+    if _INTERPRETED:
+        return tl.log2(x)
+    else:
+        return _unit(x, 'lg2')
+
+
+@triton.jit
+def reciprocal(x):
+    """``1 / x``; relative error 1e-7."""
+    if _INTERPRETED:
+        return 1 / x
+    else:
+        return _unit(x, 'rcp')
+
+
+@triton.jit
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``."""
+    return reciprocal(1 + exp(-x))

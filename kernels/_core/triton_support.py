@@ -1,0 +1,112 @@
+"""What the Triton backends share outside their kernels: when they can run, and how tensors reach them."""
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+
+from .backends import requested_backend
+
+#: Kernels run as Python on CPU tensors, slowly, to test them without a GPU. Triton reads it when imported.
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+_NEWEST_TOO_OLD = (7, 5)
+
+
+@functools.cache
+def _why_not_device(index):
+    """The reason why GPU ``index`` (-1: the interpreter) cannot run Triton kernels, or None."""
+    if importlib.util.find_spec('triton') is None:
+        return 'Triton is not installed: pip install triton, of the version that PyTorch asks for'
+    if index >= 0 and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(index)
+        if capability <= _NEWEST_TOO_OLD:
+            return (f'{torch.cuda.get_device_name(index)} has compute capability '
+                    f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer")
+    return None
+
+
+@functools.cache
+def _warn_once(reason):
+    warnings.warn(f'mmvssm: CUDA tensors run on composed PyTorch operations, slower: {reason}', stacklevel=2)
+
+
+def why_not_triton(tensor):
+    """The reason why the Triton kernels cannot take ``tensor``, or None. Says once if others must stand in."""
+    if not tensor.is_cuda:
+        if tensor.device.type != 'cpu' or not INTERPRETED or requested_backend() != 'triton':
+            return f'it runs CUDA tensors, this one is on {tensor.device}'
+        index = -1
+    else:
+        index = tensor.get_device()
+    if tensor.dtype == torch.float64:
+        return 'it computes in float32, this tensor is float64'
+    reason = _why_not_device(index)
+    if reason and not requested_backend():
+        _warn_once(reason)
+    return reason
+
+
+def cdiv(a, b):
+    """``a / b`` rounded up; Triton's own takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    """The least power of 2 that is not below ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+def as_rows(tensor, dims=1):
+    """``tensor`` with dense channels (its last dimension) and the ``dims`` dimensions before them evenly spaced, so
+    that they count as one dimension of rows: itself if it is so (a slice of channels is), else a copy. Returns it
+    and the number of elements from one row to the next."""
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    row, rows = None, 1
+    dense = tensor.shape[-1] == 1 or tensor.stride(-1) == 1
+    for dim in range(-2, -2 - dims, -1):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        if size > 1:
+            row = stride if row is None else row
+            dense = dense and stride == row * rows
+        rows *= size
+    if not dense:
+        tensor, row = tensor.contiguous(), None
+    return tensor, tensor.shape[-1] if row is None else row
+
+
+#: Compiled kernels by kernel, device, and what the code depends on; which parameters of a kernel are constants. By
+#: identity: kernels live as long as their modules, and to hash one takes Triton longer than to start it.
+_compiled, _constants = {}, {}
+
+
+def launch(kernel, grid, *args, **options):
+    """``kernel[grid](*args, **options)`` in a fraction of the processor time: a kernel compiled before is looked up
+    by the constants, and by precision and alignment of the tensors. Runtime integers do not count, so a kernel must
+    list them all in ``do_not_specialize``. ``grid`` has three numbers, ``args`` are all arguments in their order."""
+    if INTERPRETED:
+        kernel[grid](*args, **options)
+        return
+    device = next(a for a in args if isinstance(a, torch.Tensor)).get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, *args, **options)
+        return
+    key = [id(kernel), device, *options.values()]
+    constants = _constants.get(id(kernel))
+    if constants is None:
+        constants = _constants[id(kernel)] = tuple(p.is_constexpr for p in kernel.params)
+    for is_constant, a in zip(constants, args, strict=True):
+        if is_constant or a is None:
+            key.append(a)
+        elif type(a) is int:
+            key.append(a >= 2**31)
+        else:
+            key += a.dtype, a.data_ptr() % 16
+    key = tuple(key)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, **options)
+    else:
+        compiled[grid](*args)

@@ -1,0 +1,102 @@
+"""Gradients: of the value before the activation by the forward's kernel, of all else by a second, whose sums a
+third one adds up."""
+import torch
+import triton
+import triton.language as tl
+
+from ..._core.triton_support import as_rows, cdiv, launch
+from .forward import convolve
+from .stencil import channel_mask, load_around, load_taps, place, plan
+
+_THREADS = 132 * 1024  # two for each that an H100 holds at a time
+
+
+@triton.jit
+def _add_pairs(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9
+
+
+@triton.jit(do_not_specialize=['lanes', 'height', 'width', 'tiles'])
+def _kernel(grad, x, weight, residual, grad_x, partials, lanes, height, width, tiles, DIM: tl.constexpr,
+            GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, SAME: tl.constexpr,
+            ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``grad_x``: the convolution of ``grad`` with the weights flipped, plus ``residual``, or plus ``grad`` if
+    ``SAME``. A program's sums for the weights and the bias go to its row of ``partials``, (programs, 10 * DIM)."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels = channel_mask(channel, DIM, BLOCK_C)
+    taps = load_taps(weight, channel, DIM, SAME)
+    zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)  # the last for the bias
+    for tile in range(tl.program_id(1) * tiles, tl.program_id(1) * tiles + tiles):
+        pixel, row, here, left, right = place(tile, lanes, height, width, ROWS, BLOCK_P)
+        here, left, right = here & channels, left & channels, right & channels
+        grads = load_around(grad + pixel * GRAD_STRIDE + channel[None, :], row, height, width, left, here, right,
+                            GRAD_STRIDE, ROWS)
+        centres, extras = (), ()
+        for r in tl.static_range(ROWS):
+            stored = here & (row + r < height)
+            centres = centres + (tl.load(x + (pixel + r * width) * X_STRIDE + channel[None, :], mask=stored,
+                                         other=0.0), )
+            if residual is not None:
+                extras = extras + (tl.load(residual + (pixel + r * width) * RESIDUAL_STRIDE + channel[None, :],
+                                           mask=stored, other=0.0), )
+        for r in tl.static_range(ROWS):
+            centre = centres[r].to(tl.float32)
+            value = zero
+            added = ()
+            for k in tl.static_range(9):  # weight k met this pixel in the result at the opposite neighbour
+                near = grads[r + 2 - k // 3][2 - k % 3].to(tl.float32)
+                value += near * taps[k]
+                added = added + (sums[k] + near * centre, )
+            sums = added + (sums[9] + grads[r + 1][1].to(tl.float32), )
+            if residual is not None:
+                value += extras[r].to(tl.float32)
+            tl.store(grad_x + (pixel + r * width) * DIM + channel[None, :], value.to(grad_x.dtype.element_ty),
+                     mask=here & (row + r < height))
+    totals = tl.reduce(sums, 0, _add_pairs)
+    partials += tl.program_id(1) * (10 * DIM) + channel
+    for k in tl.static_range(10):
+        tl.store(partials + k * DIM, totals[k], mask=channel < DIM)
+
+
+@triton.jit(do_not_specialize=['programs'])
+def _add_up(partials, grad_weight, grad_bias, programs, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+            BLOCK_S: tl.constexpr):
+    """The sums over ``programs`` rows of ``partials``, always in the same order. A row holds the first weight of all
+    channels, then the second, and last the biases."""
+    column = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    total = tl.zeros((BLOCK_R, BLOCK_S), tl.float32)
+    for start in range(0, programs, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)[:, None]
+        total += tl.load(partials + row * (10 * DIM) + column[None, :],
+                         mask=(row < programs) & (column < 10 * DIM)[None, :], other=0.0)
+    total = tl.sum(total, 0)
+    tl.store(grad_weight + column % DIM * 9 + column // DIM, total.to(grad_weight.dtype.element_ty),
+             mask=column < 9 * DIM)
+    if grad_bias is not None:
+        tl.store(grad_bias + (column - 9 * DIM), total.to(grad_bias.dtype.element_ty),
+                 mask=(column >= 9 * DIM) & (column < 10 * DIM))
+
+
+def backward(grad, x, weight, bias, residual, silu):
+    if not x.numel():
+        return x.new_empty(x.shape), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+    _, height, width, dim = x.shape
+    weight = weight.contiguous()
+    extra = None
+    if silu:
+        extra, after = grad if residual else None, grad
+        grad = x.new_empty(x.shape, dtype=torch.float32)  # rounded once, in grad_x
+        convolve(x, weight, bias, after, grad, False, True)
+    grid, lanes, tiles, rows, block_p, block_c, warps = plan(x, 2, _THREADS)
+    grad_x = x.new_empty(x.shape)
+    (x, x_stride), (grad, grad_stride) = as_rows(x, 3), as_rows(grad, 3)
+    extra, extra_stride = (None, 0) if extra is None else as_rows(extra, 3)
+    partials = x.new_empty((grid[1], 10 * dim), dtype=torch.float32)
+    launch(_kernel, grid, grad, x, weight, extra, grad_x, partials, lanes, height, width, tiles, dim, grad_stride,
+           x_stride, extra_stride, residual and not silu, rows, block_p, block_c, num_warps=warps)
+    grad_weight = torch.empty_like(weight)
+    grad_bias = None if bias is None else bias.new_empty(bias.shape)
+    launch(_add_up, (cdiv(10 * dim, 16), 1, 1), partials, grad_weight, grad_bias, grid[1], dim, 256, 16,
+           num_warps=4)
+    return grad_x, grad_weight, grad_bias

@@ -1,0 +1,90 @@
+"""Its gradients: the moments are recomputed, the sums over rows stay in registers until a program's last row; a
+second kernel adds up those of all programs."""
+import torch
+import triton
+import triton.language as tl
+
+from ..._core.triton_math import sigmoid
+from ..._core.triton_support import cdiv, launch, next_power_of_2
+from .rows import load, load_parameters, normalise, rows_of
+
+_WARPS = 132 * 16  # as many as an H100 holds at a time
+_UNROLL = 2
+
+
+@triton.jit(do_not_specialize=['rows'])
+def _kernel(grad, x, z, weight, bias, grad_x, grad_z, partials, rows, EPS: tl.constexpr, DIM: tl.constexpr,
+            GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+            BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
+    """A program's sums for the weight and the bias go to its row of ``partials``, (programs, 2 * DIM)."""
+    channel = tl.arange(0, BLOCK_D)
+    scale, shift = load_parameters(weight, bias, channel, DIM)
+    weight_sum = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    bias_sum = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    step: tl.constexpr = BLOCK_R * UNROLL
+    for start in range(tl.program_id(0) * step, rows, tl.num_programs(0) * step):
+        loaded = ()
+        for u in tl.static_range(UNROLL):  # all loads first, to have many under way
+            row = start + u * BLOCK_R + tl.arange(0, BLOCK_R)
+            mask = (row < rows)[:, None] & (channel < DIM)[None, :]
+            loaded = loaded + ((load(x, row, channel, mask, X_STRIDE), load(z, row, channel, mask, Z_STRIDE),
+                                load(grad, row, channel, mask, GRAD_STRIDE)), )
+        for u in tl.static_range(UNROLL):
+            row = start + u * BLOCK_R + tl.arange(0, BLOCK_R)
+            mask = (row < rows)[:, None] & (channel < DIM)[None, :]
+            normal, inverse = normalise(loaded[u][0], channel, EPS, DIM, BLOCK_D)
+            gate = loaded[u][1].to(tl.float32)
+            upstream = loaded[u][2].to(tl.float32)
+            open_ = sigmoid(gate)
+            slope = open_ * (1 + gate * (1 - open_))
+            at_z = upstream * (normal * scale + shift) * slope
+            offset = row.to(tl.int64)[:, None] * DIM + channel[None, :]
+            tl.store(grad_z + offset, at_z.to(grad_z.dtype.element_ty), mask=mask)
+            upstream *= gate * open_  # at the LayerNorm's output
+            weight_sum += upstream * normal
+            bias_sum += upstream
+            upstream *= scale
+            mean = tl.sum(upstream, 1, keep_dims=True) / DIM
+            along = tl.sum(upstream * normal, 1, keep_dims=True) / DIM
+            at_x = inverse * (upstream - mean - normal * along)
+            tl.store(grad_x + offset, at_x.to(grad_x.dtype.element_ty), mask=mask)
+    partials += tl.program_id(0) * (2 * DIM) + channel
+    tl.store(partials, tl.sum(weight_sum, 0), mask=channel < DIM)
+    tl.store(partials + DIM, tl.sum(bias_sum, 0), mask=channel < DIM)
+
+
+@triton.jit(do_not_specialize=['programs'])
+def _add_up(partials, grad_weight, grad_bias, programs, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+            BLOCK_S: tl.constexpr):
+    """The sums over ``programs`` rows of ``partials``, always in the same order."""
+    column = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    total = tl.zeros((BLOCK_R, BLOCK_S), tl.float32)
+    for start in range(0, programs, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)[:, None]
+        total += tl.load(partials + row * (2 * DIM) + column[None, :],
+                         mask=(row < programs) & (column < 2 * DIM)[None, :], other=0.0)
+    total = tl.sum(total, 0)
+    tl.store(grad_weight + column, total.to(grad_weight.dtype.element_ty), mask=column < DIM)
+    tl.store(grad_bias + (column - DIM), total.to(grad_bias.dtype.element_ty),
+             mask=(column >= DIM) & (column < 2 * DIM))
+
+
+def backward(grad, x, z, weight, bias, eps):
+    grad_x, grad_z = x.new_empty(x.shape), z.new_empty(z.shape)
+    if not x.numel():
+        return grad_x, grad_z, torch.zeros_like(weight), torch.zeros_like(bias)
+    dim = x.shape[-1]
+    rows = x.numel() // dim
+    (grad, grad_stride), (x, x_stride), (z, z_stride) = rows_of(grad), rows_of(x), rows_of(z)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    block_d = next_power_of_2(dim)
+    warps = min(max(4, block_d // 256), 16)  # 8 numbers a thread
+    block_r = max(1, 256 * warps // block_d)
+    programs = min(cdiv(rows, block_r * _UNROLL), _WARPS // warps)
+    partials = x.new_empty((programs, 2 * dim), dtype=torch.float32)
+    launch(_kernel, (programs, 1, 1), grad, x, z, weight, bias, grad_x, grad_z, partials, rows, eps, dim, grad_stride,
+           x_stride, z_stride, block_r, block_d, _UNROLL, num_warps=warps)
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    launch(_add_up, (cdiv(2 * dim, 16), 1, 1), partials, grad_weight, grad_bias, programs, dim, 256, 16,
+           num_warps=4)
+    return grad_x, grad_z, grad_weight, grad_bias

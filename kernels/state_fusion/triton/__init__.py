@@ -1,0 +1,5 @@
+"""State fusion in Triton, forward and backward."""
+from .backward import backward
+from .forward import forward
+
+__all__ = ['backward', 'forward']
