@@ -250,3 +250,24 @@ def test_arguments_from_a_config_file(name, tmp_path):
         warnings.simplefilter('error')
         model = MODELS.build(Config.fromfile(path).backbone)
     assert model.out_indices == (1, 3)
+
+
+@pytest.mark.parametrize('family', [backbones.SpatialMamba, backbones.QuadMamba])
+def test_compile_option_compiles_the_backbone_alone(family):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    arch, image = dict(embed_dims=16, depths=(1, 1, 1, 1)), torch.randn(2, 3, 64, 96)
+    torch.manual_seed(0)
+    model = family(arch, compile=dict(backend='aot_eager', fullgraph=True)).eval()
+    plain = family(arch).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for got, expected in zip(model(image), plain(image)):
+            torch.testing.assert_close(got, expected)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+    torch._dynamo.reset()
+
+
+def test_compile_option_of_another_type_raises():
+    with pytest.raises(ValueError, match="SpatialMamba: compile='yes', expected True, False or a dict"):
+        backbones.SpatialMamba(compile='yes')

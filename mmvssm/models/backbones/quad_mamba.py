@@ -210,6 +210,8 @@ class QuadMamba(VisionSSM):
         frozen_stages (int): -1 none, 0 the stem, i > 0 the stem and the first i stages with their
             downsamplings. Default -1.
         norm_eval (bool): keep BatchNorm in eval mode when training; this backbone has none. Default False.
+        compile (bool | dict): run the backbone under ``torch.compile``, alone in whatever model it is part of; a dict
+            holds its options, e.g. ``dict(dynamic=True)``. Default False.
         init_cfg (dict, optional): MMEngine's initialisation. Default None: the publication's.
 
     Raises:
@@ -230,9 +232,9 @@ class QuadMamba(VisionSSM):
 
     def __init__(self, arch='tiny', token_order='released', in_channels=3, out_indices=(0, 1, 2, 3),
                  drop_path_rate=None, d_state=1, mlp_ratio=4.0, with_cp=False, frozen_stages=-1, norm_eval=False,
-                 init_cfg=None):
+                 compile=False, init_cfg=None):
         super().__init__(arch, in_channels, out_indices, drop_path_rate, d_state, mlp_ratio, with_cp, frozen_stages,
-                         norm_eval, init_cfg)
+                         norm_eval, compile, init_cfg)
         check_token_order('QuadMamba', token_order)
         self.patch_embed = stem(in_channels, self.embed_dims)
         self.layers = nn.ModuleList()

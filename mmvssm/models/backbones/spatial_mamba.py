@@ -8,15 +8,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmvssm.kernels import norm_gate, selective_scan, state_fusion
+from mmvssm.kernels import norm_gate, residual_conv_norm, selective_scan, state_fusion
 from mmvssm.kernels._core.precision import compute_dtype
 
 from ..layers.backbone import Stage, VisionSSM
 from ..layers.depthwise import DepthwiseConv
+from ..layers.drop_path import DropPathScale, add_branch
 from ..layers.mlp import MLP
 from ..layers.ssm import reset_scan_parameters
 
@@ -132,13 +132,20 @@ class Block(nn.Module):
         self.cpe2 = DepthwiseConv(dim)
         self.ln_2 = nn.LayerNorm(dim, eps=LN_EPS)
         self.mlp = MLP(dim, int(mlp_ratio * dim))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPathScale(drop_path)
 
-    def forward(self, x):
-        x = self.cpe1(x, residual=True)
-        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
-        x = self.cpe2(x, residual=True)
-        return x + self.drop_path(self.mlp(self.ln_2(x)))
+    def forward(self, x, branch=None, scale=None):
+        """``branch``, times ``scale`` (B,), is what the block before has yet to add to ``x``. Returns the same three
+        for the block after."""
+        x, normed = self.convolve(self.cpe1, self.ln_1, x, branch, scale)
+        branch = self.self_attention(normed)
+        x, normed = self.convolve(self.cpe2, self.ln_2, x, branch, self.drop_path(x))
+        return x, self.mlp(normed), self.drop_path(x)
+
+    @staticmethod
+    def convolve(conv, norm, x, branch, scale):
+        """Add the branch, then the convolution; the result and its norm."""
+        return residual_conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, branch, scale, norm.eps)
 
 
 @MODELS.register_module()
@@ -164,6 +171,8 @@ class SpatialMamba(VisionSSM):
         frozen_stages (int): -1 none, 0 the stem, i > 0 the stem and the first i stages with their
             downsamplings. Default -1.
         norm_eval (bool): keep BatchNorm in eval mode when training. Default False.
+        compile (bool | dict): run the backbone under ``torch.compile``, alone in whatever model it is part of; a dict
+            holds its options, e.g. ``dict(dynamic=True)``. Default False.
         init_cfg (dict, optional): MMEngine's initialisation. Default None: the publication's.
 
     Raises:
@@ -181,9 +190,10 @@ class SpatialMamba(VisionSSM):
         base=dict(embed_dims=96, depths=(2, 4, 21, 5), drop_path_rate=0.5))
 
     def __init__(self, arch='tiny', in_channels=3, out_indices=(0, 1, 2, 3), drop_path_rate=None, d_state=1,
-                 mlp_ratio=4.0, with_cp=False, frozen_stages=-1, norm_eval=False, init_cfg=None):
+                 mlp_ratio=4.0, with_cp=False, frozen_stages=-1, norm_eval=False, compile=False,
+                 init_cfg=None):
         super().__init__(arch, in_channels, out_indices, drop_path_rate, d_state, mlp_ratio, with_cp, frozen_stages,
-                         norm_eval, init_cfg)
+                         norm_eval, compile, init_cfg)
         self.patch_embed = Stem(in_channels, self.embed_dims)
         self.layers = nn.ModuleList()
         for i, rates in enumerate(self.drop_path_rates[:self.num_stages]):
@@ -193,3 +203,9 @@ class SpatialMamba(VisionSSM):
         self.add_output_norms(LN_EPS)
         self.reset_parameters()
         self.train()
+
+    def run_blocks(self, blocks, x):
+        branch = scale = None
+        for block in blocks:
+            x, branch, scale = self.run(block, x, branch, scale)
+        return add_branch(x, branch, scale)

@@ -33,9 +33,13 @@ class VisionSSM(BaseModule):
     classifier_prefixes = ('norm.', 'head.')
 
     def __init__(self, arch, in_channels, out_indices, drop_path_rate, d_state, mlp_ratio, with_cp, frozen_stages,
-                 norm_eval, init_cfg):
+                 norm_eval, compile, init_cfg):
         super().__init__(init_cfg)
         name = type(self).__name__
+        if not isinstance(compile, (bool, Mapping)):
+            raise ValueError(f'{name}: compile={compile!r}, expected True, False or a dict of options of torch.compile')
+        if compile:
+            self.compile(**({} if compile is True else compile))
         settings = self.parse_arch(arch)
         self.embed_dims, self.depths = settings['embed_dims'], tuple(settings['depths'])
         stages = len(self.depths)
@@ -218,15 +222,23 @@ class VisionSSM(BaseModule):
         outputs = []
         for i, layer in enumerate(self.layers):
             x = x.permute(0, 2, 3, 1)
-            for block in layer.blocks:
-                if self.with_cp and x.requires_grad:
-                    x = recompute(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+            x = self.run_blocks(layer.blocks, x)
             if i in self.out_indices:
                 outputs.append(getattr(self, f'outnorm{i}')(x).permute(0, 3, 1, 2))
             x = layer.downsample(x.permute(0, 3, 1, 2))
         return tuple(outputs)
+
+    def run_blocks(self, blocks, x):
+        """The blocks of one stage, on maps (B, H, W, C)."""
+        for block in blocks:
+            x = self.run(block, x)
+        return x
+
+    def run(self, block, x, *args):
+        """``block(x, *args)``, with gradient checkpointing where it is asked for."""
+        if self.with_cp and x.requires_grad:
+            return recompute(block, x, *args, use_reentrant=False)
+        return block(x, *args)
 
     def _check_input(self, x):
         name, weight = type(self).__name__, next(self.parameters())
