@@ -103,6 +103,12 @@ def test_same_seed_same_bytes(dataset, tmp_path):
     assert read_files(tmp_path / 'again') == read_files(dataset)
 
 
+@pytest.mark.parametrize('task', tool.TASKS)
+def test_number_of_processes_changes_nothing(datasets, tmp_path, task):
+    tool.make_dataset(tmp_path / 'set', **SMALL, task=task, jobs=3)
+    assert read_files(tmp_path / 'set') == read_files(datasets[task])
+
+
 def test_other_seed_differs(dataset, tmp_path):
     tool.make_dataset(tmp_path / 'set', **{**SMALL, 'seed': 4})
     first, second = read_files(dataset), read_files(tmp_path / 'set')
@@ -441,6 +447,7 @@ def test_colour_can_be_told_from_the_background(level):
         ('train', 'many', 'from 1 to 999999'),
         ('val', '0', 'from 1 to 999999'),
         ('seed', '-3', 'from 0 to 4294967295'),
+        ('jobs', '0', 'from 1 to 256'),
         ('task', 'pose', "'det', 'seg', 'cls'"),
     ],
 )
@@ -592,10 +599,10 @@ def test_interruption_leaves_nothing_half_made(tmp_path, monkeypatch, flags):
     before = read_files(tmp_path)
     build = tool.build_split
 
-    def interrupted(folder, task, split, *rest):
-        if split == 'val':
+    def interrupted(split, *rest):
+        if split.name == 'val':
             raise KeyboardInterrupt
-        build(folder, task, split, *rest)
+        build(split, *rest)
 
     monkeypatch.setattr(tool, 'build_split', interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -49,8 +49,10 @@ Usage:
 """
 
 import argparse
+import contextlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -115,6 +117,7 @@ SINGLE_ROTATION = 15.0
 SIZE_LIMITS = (32, 1024)
 COUNT_LIMITS = (1, 999999)
 SEED_LIMITS = (0, 2**32 - 1)
+JOB_LIMITS = (1, 256)
 
 
 # What --out, --train, --val and --size are unless given.
@@ -428,47 +431,84 @@ def picture_folders(task, split):
     return [f'{split}/{label}' for label in range(10)]
 
 
-def build_split(folder, task, split, seed, size, count, info, photos):
-    """Write the png files and the json file of one split under ``folder``."""
-    digits = load_digit_pool(split)
-    places = [folder / name for name in picture_folders(task, split)]
-    for place in places:
-        place.mkdir(parents=True)
-    images, annotations = [], []
-    for index in range(count):
-        rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        photo, (x0, y0, x1, y1) = draw_crop(rng, photos, split)
-        background = photos[photo][y0:y1, x0:x1]
+@dataclass(frozen=True)
+class Split:
+    """What the pictures of one split are made of and where they go: see `make_dataset`, `load_photos`,
+    `load_digit_pool` and `picture_folders`."""
+
+    folder: Path
+    task: str
+    name: str
+    seed: int
+    size: int
+    photos: dict
+    digits: DigitPool
+
+    def build(self, index):
+        """Write picture ``index``; returns its entry in the json file and its annotations, numbered
+        from 1."""
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.name), index])
+        photo, (x0, y0, x1, y1) = draw_crop(rng, self.photos, self.name)
+        background = self.photos[photo][y0:y1, x0:x1]
+        places = [self.folder / name for name in picture_folders(self.task, self.name)]
         name = f'{index:06d}.png'
         image = {
             'id': index + 1,
             'file_name': name,
-            'width': size,
-            'height': size,
+            'width': self.size,
+            'height': self.size,
             'photo': photo,
             'crop': [x0, y0, x1 - x0, y1 - y0],
         }
-        if task == 'cls':
+        if self.task == 'cls':
             label = index % 10
-            picture, digit_index = compose_single(rng, digits, label, background, size)
+            picture, digit_index = compose_single(rng, self.digits, label, background, self.size)
             image |= {'file_name': f'{label}/{name}', 'digit_indices': [digit_index]}
             save(picture, places[label] / name)
+            return image, []
+        picture, instances = compose_scene(rng, self.digits, background, self.size)
+        save(picture, places[0] / name)
+        if self.task == 'seg':
+            image['digit_indices'] = [instance.digit_index for instance in instances]
+            save(label_map(instances, self.size), places[1] / name)
+            return image, []
+        return image, coco_annotations(instances, index + 1)
+
+
+_split = None  # of a worker process
+
+
+def _set_split(split):
+    global _split
+    _split = split
+
+
+def _build(index):
+    return _split.build(index)
+
+
+def build_split(split, count, info, jobs):
+    """Write the png files and the json file of one `Split`, in ``jobs`` processes."""
+    for name in picture_folders(split.task, split.name):
+        (split.folder / name).mkdir(parents=True)
+    images, annotations = [], []
+    with contextlib.ExitStack() as stack:
+        if jobs == 1:
+            built = map(split.build, range(count))
         else:
-            picture, instances = compose_scene(rng, digits, background, size)
-            save(picture, places[0] / name)
-            if task == 'seg':
-                image['digit_indices'] = [instance.digit_index for instance in instances]
-                save(label_map(instances, size), places[1] / name)
-            else:
-                first_id = len(annotations) + 1
-                annotations += coco_annotations(instances, index + 1, first_id)
-        images.append(image)
-        if (index + 1) % 100 == 0 or index + 1 == count:
-            print(f'{split}: {index + 1}/{count} pictures', file=sys.stderr, flush=True)
+            pool = stack.enter_context(multiprocessing.Pool(jobs, _set_split, (split,)))
+            built = pool.imap(_build, range(count), chunksize=8)
+        for image, own in built:
+            images.append(image)
+            for annotation in own:
+                annotation['id'] += len(annotations)
+            annotations += own
+            if len(images) % 100 == 0 or len(images) == count:
+                print(f'{split.name}: {len(images)}/{count} pictures', file=sys.stderr, flush=True)
     document = {'info': info, 'licenses': [], 'images': images}
-    if task == 'det':
+    if split.task == 'det':
         document |= {'annotations': annotations, 'categories': CATEGORIES}
-    path = json_file(folder, task, split)
+    path = json_file(split.folder, split.task, split.name)
     path.write_text(json.dumps(document, separators=(',', ':')) + '\n', encoding='utf-8')
 
 
@@ -485,10 +525,10 @@ def label_map(instances, size):
     return labels
 
 
-def coco_annotations(instances, image_id, first_id):
-    """COCO's annotations of the digits of a picture, their ids from ``first_id`` on."""
+def coco_annotations(instances, image_id):
+    """COCO's annotations of the digits of a picture, their ids from 1 on."""
     annotations = []
-    for annotation_id, instance in enumerate(instances, start=first_id):
+    for annotation_id, instance in enumerate(instances, start=1):
         left, top, right, bottom = tight_box(instance.mask)
         annotations.append(
             {
@@ -563,9 +603,9 @@ def check_out(out, task, wanted, overwrite):
     )
 
 
-def make_dataset(out, train, val, size, seed, overwrite=False, task='det'):
+def make_dataset(out, train, val, size, seed, overwrite=False, task='det', jobs=1):
     """Make the data set of ``train`` and ``val`` pictures of ``size`` pixels in the folder ``out``,
-    for one of `TASKS`.
+    for one of `TASKS`, in ``jobs`` processes.
 
     Everything is written to a temporary folder beside ``out`` that is renamed at the end.
 
@@ -593,8 +633,9 @@ def make_dataset(out, train, val, size, seed, overwrite=False, task='det'):
     with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as temporary:
         new, old = Path(temporary) / 'new', Path(temporary) / 'old'
         (new / 'annotations').mkdir(parents=True)
-        for split in SPLITS:
-            build_split(new, task, split, seed, size, counts[split], info, photos)
+        for name in SPLITS:
+            split = Split(new, task, name, seed, size, photos, load_digit_pool(name))
+            build_split(split, counts[name], info, jobs)
         if out.exists():
             out.rename(old)
         try:
@@ -654,6 +695,9 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         '--overwrite', action='store_true', help='make it anew where OUT already holds a data set'
+    )
+    parser.add_argument(
+        '--jobs', type=whole_number(JOB_LIMITS), default=1, help='processes that make pictures'
     )
     args = parser.parse_args(argv)
     return argparse.Namespace(**{**DEFAULTS[args.task], **vars(args)})
