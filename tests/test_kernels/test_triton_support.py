@@ -1,0 +1,90 @@
+"""When Triton kernels can run, what is said where they cannot, and how tensors reach them."""
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmvssm.kernels import BackendError, norm_gate, use_backend
+from mmvssm.kernels._core import triton_support
+from mmvssm.kernels._core.triton_support import as_rows, cdiv, next_power_of_2, why_not_triton
+
+
+def on_gpu(dtype=torch.bfloat16):
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device('cuda:0'), get_device=lambda: 0)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """A GPU that is new enough; nothing said so far."""
+    monkeypatch.delenv('MMVSSM_BACKEND', raising=False)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda index: 'Imaginary 100')
+    triton_support._why_not_device.cache_clear()
+    triton_support._warn_once.cache_clear()
+    yield
+    triton_support._why_not_device.cache_clear()
+    triton_support._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_runs_on_a_gpu(dtype):
+    assert why_not_triton(on_gpu(dtype)) is None
+
+
+def test_no_float64():
+    assert why_not_triton(on_gpu(torch.float64)) == 'it computes in float32, this tensor is float64'
+
+
+@pytest.mark.parametrize('what, reason', [('old', r'Imaginary 100 has compute capability 7.5, .* need 8.0 or newer'),
+                                          ('missing', 'Triton is not installed: pip install triton')])
+def test_stand_in_is_announced_once(what, reason, monkeypatch):
+    if what == 'old':
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (7, 5))
+    else:
+        monkeypatch.setattr(triton_support.importlib.util, 'find_spec', lambda name: None)
+    with pytest.warns(UserWarning, match=f'composed PyTorch operations, slower: {reason}'):
+        why_not_triton(on_gpu())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert why_not_triton(on_gpu())
+
+
+def test_processor_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr(triton_support, 'INTERPRETED', False)
+    x = torch.ones(2, 3)
+    with use_backend('triton'), pytest.raises(BackendError, match='triton: it runs CUDA tensors, this one is on cpu'):
+        norm_gate(x, x, x[0], x[0])
+
+
+def test_interpreter_runs_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(triton_support, 'INTERPRETED', True)
+    assert 'it runs CUDA tensors' in why_not_triton(torch.ones(1))
+
+
+X = torch.arange(2 * 3 * 5 * 8.).view(2, 3, 5, 8)
+
+
+@pytest.mark.parametrize('tensor, dims, row, copied', [
+    pytest.param(X, 3, 8, False, id='dense'),
+    pytest.param(X[..., 4:], 3, 8, False, id='half of the channels'),
+    pytest.param(X[:, 1:], 2, 8, False, id='rows of an image'),
+    pytest.param(X[:, 1:], 3, 8, True, id='rows of several images'),
+    pytest.param(X[..., ::2], 3, 4, True, id='every other channel'),
+    pytest.param(X.permute(0, 2, 3, 1), 3, 3, True, id='channels first'),
+    pytest.param(X[:1].expand(4, -1, -1, -1), 2, 8, False, id='one image repeated, images apart'),
+    pytest.param(X[:1].expand(4, -1, -1, -1), 3, 8, True, id='one image repeated'),
+    pytest.param(X[..., 3:4], 3, 8, False, id='one channel'),
+    pytest.param(X[:1, :1, :1, :3], 3, 3, False, id='one row'),
+])
+def test_as_rows(tensor, dims, row, copied):
+    rows, distance = as_rows(tensor, dims)
+    assert torch.equal(rows, tensor)
+    assert distance == row
+    assert (rows.data_ptr() != tensor.data_ptr()) == copied
+
+
+@pytest.mark.parametrize('n, power', [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_sizes(n, power):
+    assert next_power_of_2(n) == power
+    assert cdiv(n, 64) == -(-n // 64)
