@@ -209,15 +209,3 @@ def correlate(sums, factors, values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr
                                sums[_tap(_dilation(5 - j), 2 if j < 5 else 0, q)]
                                + factors[j] * values[3 + (q - 1) * (_dilation(5 - j) + 1)])
     return sums
-
-
-@triton.jit
-def fold(total, weights, values, FARTHER: tl.constexpr, P: tl.constexpr):
-    """Add the seven ``values`` of a row times the weights of the taps in row ``P`` of three, 0 or 2, of the
-    dilations above ``FARTHER``."""
-    for k in tl.static_range(3):
-        if 2 * k + 1 > FARTHER:
-            total += weights[_tap(k, P, 0)] * values[2 - k]
-            total += weights[_tap(k, P, 1)] * values[3]
-            total += weights[_tap(k, P, 2)] * values[4 + k]
-    return total
