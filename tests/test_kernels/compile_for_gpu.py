@@ -1,0 +1,84 @@
+"""Compile an operator's Triton kernels for an H100, without one: ``compile_for_gpu.py OPERATOR CASE...``.
+
+Every launch of the cases' forward and backward passes, in bfloat16, is compiled instead of run, and reported as a line of
+JSON: case, kernel, registers that spill (bytes), and the widest load from memory (bytes of a thread). A number as case:
+the first of the cases with so many channels, all of them real and every row aligned, as in a network.
+"""
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.int64: '*i64', torch.int32: '*i32'}
+PTXAS = next((Path(triton.__file__).parent / 'backends/nvidia/bin').glob('ptxas*'))
+ALIGNED = [['tt.divisibility', 16]]
+
+
+@functools.cache
+def compiled(kernel, arguments, options):
+    """PTX of ``kernel`` for ``arguments``: dtypes of tensors, ``'i32'`` for runtime integers, or (constant,)."""
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
+        if isinstance(argument, tuple):
+            signature[parameter.name], constants[i,] = 'constexpr', argument[0]
+        else:
+            signature[parameter.name] = POINTERS.get(argument, argument)
+            if argument in POINTERS:
+                attributes[i,] = ALIGNED
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(options)).asm['ptx']
+
+
+def spilled(ptx, registers):
+    """Bytes that threads keep in memory for lack of registers, by the assembler's report."""
+    with tempfile.NamedTemporaryFile('w', suffix='.ptx') as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r'\.target (\w+)', ptx)[1]
+        limit = [f'--maxrregcount={registers}'] if registers else []
+        report = subprocess.run([PTXAS, '-v', f'--gpu-name={target}', *limit, file.name, '-o', '/dev/null'],
+                                capture_output=True, text=True, check=True).stderr
+    return int(re.search(r'(\d+) bytes spill stores', report)[1])
+
+
+def report(kernel, grid, *args, case, **options):
+    """Stands in for ``launch``."""
+    arguments = tuple((a,) if parameter.is_constexpr or a is None else a.dtype if isinstance(a, torch.Tensor) else 'i32'
+                      for parameter, a in zip(kernel.params, args, strict=True))
+    ptx = compiled(kernel, arguments, tuple(options.items()))
+    widths = [int(bits) // 8 * int(count or 1)
+              for count, bits in re.findall(r'(?:ld\.global|cp\.async\S*)\S*?(?:\.v(\d))?\.b(\d+)', ptx)]
+    print(json.dumps(dict(case=case, kernel=kernel.__name__, spilled=spilled(ptx, options.get('maxnreg')),
+                          widest=max(widths, default=0))))
+
+
+def main(op, *names):
+    cases, dispatch = (import_module(f'mmvssm.kernels.{op}.{part}') for part in ('cases', 'dispatch'))
+    import_module(f'mmvssm.kernels.{op}.triton')
+    backend = next(b for b in dispatch.BACKENDS if b.name == 'triton')
+    import_module(f'mmvssm.kernels.{op}.ops').BACKENDS = (dataclasses.replace(backend, why_not=lambda tensor: None),)
+    modules = [m for name, m in sys.modules.items() if name.startswith('mmvssm.kernels.') and hasattr(m, 'launch')]
+    for name in names:
+        for module in modules:
+            module.launch = functools.partial(report, case=name)
+        case = dataclasses.replace(next(iter(cases.CASES.values())), dim=int(name)) if name.isdigit() \
+            else cases.CASES[name]
+        tensors = cases.inputs(case, torch.bfloat16)
+        for tensor in tensors.values():
+            if tensor is not None and tensor.is_floating_point():
+                tensor.requires_grad_()
+        cases.operator(case, tensors).sum().backward()
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,27 @@
+"""Triton's interpreter takes what its compiler does not, so kernels are compiled as well, for an H100 that need not be
+there."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from kernel_testing import ROOMS, backends, room
+
+#: Kernels that keep some values in memory for lack of registers, and at most how many bytes of them.
+SPILLS = {'_scan': 64, '_scan_backward': 400, '_forward': 64, '_norm_backward': 64, '_forward_kernel': 64}
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Triton is for Linux')
+@pytest.mark.parametrize('op', [op for op in ROOMS if 'triton' in backends(op)])
+def test_compiles_for_a_gpu(op):
+    names = [name for name in room(op, 'cases').CASES if name.startswith('tiny') or name == 'no_bias']
+    done = subprocess.run([sys.executable, 'compile_for_gpu.py', op, *names, '128'], capture_output=True, text=True,
+                          cwd=pathlib.Path(__file__).parent, env={**os.environ, 'TRITON_INTERPRET': '0'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel['case'] for kernel in kernels} == {*names, '128'}
+    for kernel in (kernel for kernel in kernels if kernel['case'] == '128'):
+        assert kernel['spilled'] <= SPILLS.get(kernel['kernel'], 0), kernel
+    assert max(kernel['widest'] for kernel in kernels) >= 8  # bytes of a thread at once
