@@ -1,8 +1,8 @@
 """Compile an operator's Triton kernels for an H100, without one: ``compile_for_gpu.py OPERATOR CASE...``.
 
-Every launch of the forward and backward passes of the cases, in bfloat16, is compiled instead of run, and reported as a line
-of JSON: case, kernel, registers that spill (bytes), and the widest load from memory (bytes of a thread). A number as case:
-the first of the cases with so many channels, all of them real and every row aligned, as in a network.
+Every launch of the cases' forward and backward passes, in bfloat16, is compiled instead of run, and reported as a
+line of JSON: case, kernel, registers that spill (bytes), and the widest load from memory (bytes of a thread). A number
+as case: the first of the cases with so many channels, all of them real and every row aligned, as in a network.
 """
 import dataclasses
 import functools
