@@ -1,9 +1,11 @@
+import importlib.util
+
 import pytest
 import torch
 
 from mmvssm.kernels._core.triton_support import INTERPRETED
 
-if INTERPRETED:
+if INTERPRETED and importlib.util.find_spec('triton'):
     import interpreter
     interpreter.mend()
 
