@@ -20,8 +20,8 @@ from .blocks import (
     through_groups,
 )
 
-#: Channels of a program, largest rank whose weights are held in registers, warps, chunks in flight.
-_TILING = 32, 4, 4, 2
+#: Channels of a program, largest rank whose weights are held in registers, warps.
+_TILING = 32, 4, 4
 #: Programs' sums that one step of a finishing kernel adds, and values that one of its programs finishes.
 _ROWS, _VALUES = 32, 64
 
@@ -32,9 +32,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                    D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr,
                    DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
                    C_ROW: tl.constexpr, C_K: tl.constexpr,
-                   LANES: tl.constexpr, HOLD: tl.constexpr, GROUPS: tl.constexpr, PREFETCH: tl.constexpr,
-                   OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr,
-                   MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
+                   LANES: tl.constexpr, HOLD: tl.constexpr, GROUPS: tl.constexpr, OUTPUT: tl.constexpr,
+                   SKIP: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
     """As ``_scan``, in reverse; a program takes all states in turn, with ``MAPS`` one.
 
     Layouts: grad (batch, L, N or 1, D), dense; grad_x (batch, K, L, D); grad_delta, where the states' shares add up,
@@ -103,7 +102,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                                        GROUPS)
         tl.store(behind_at, start_state, mask=in_d)
         tl.debug_barrier()
-        for back in tl.range(0, last - first, num_stages=PREFETCH):
+        for back in tl.range(0, last - first, num_stages=1):  # a chunk reads what the one behind has stored
             chunk = last - 1 - back
             start = chunk * CHUNK
             left = (L - start).to(tl.int32)

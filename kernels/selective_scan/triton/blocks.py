@@ -38,7 +38,7 @@ class Launch:
 
     def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, tiling):
         (self.batch, self.L, self.D), (self.K, self.R), self.N = x.shape, dt.shape[2:], B.shape[3]
-        lanes, hold, self.num_warps, self.prefetch = tiling
+        lanes, hold, self.num_warps = tiling
         self.output, self.chunks = C is not None, cdiv(self.L, chunk)
         self.lanes = min(lanes, max(16, next_power_of_2(self.D)))
         self.blocks = cdiv(self.D, self.lanes)
@@ -58,7 +58,7 @@ class Launch:
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
                         C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), self.lanes,
-                        self.R <= hold, chunk // STEPS.value, self.prefetch, self.output, skip is not None,
+                        self.R <= hold, chunk // STEPS.value, self.output, skip is not None,
                         order is not None)
 
     def maps(self):

@@ -24,7 +24,7 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
           order_image, order_row, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
           X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
           C_ROW: tl.constexpr, C_K: tl.constexpr, LANES: tl.constexpr, HOLD: tl.constexpr, GROUPS: tl.constexpr,
-          PREFETCH: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr,
+          OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr,
           SEGMENTED: tl.constexpr):
     """One segment of one image and direction, ``LANES`` channels, and one state; all states with ``OUTPUT``.
 
@@ -81,7 +81,7 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
             start_state = state_before(maps + (row * N + n) * segs * 2 * D, seg, 0, 1, D, d, in_d, GROUPS)
         tl.store(before, start_state, mask=in_d)
         tl.debug_barrier()
-        for chunk in tl.range(first, last, num_stages=PREFETCH):
+        for chunk in tl.range(first, last, num_stages=1):  # a chunk reads what the one before has stored
             start = chunk * CHUNK
             left = (L - start).to(tl.int32)
             group_a = tl.full([GROUPS, LANES], 1.0, tl.float32)
@@ -149,8 +149,8 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
             tl.store(own + d, tl.reduce(product, 0, multiply), mask=in_d)
 
 
-#: Channels of a program, largest rank whose weights are held in registers, warps, chunks in flight.
-_TILING = 32, 4, 4, 2
+#: Channels of a program, largest rank whose weights are held in registers, warps.
+_TILING = 32, 4, 4
 
 
 def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk):
