@@ -13,6 +13,7 @@ def _is_plain(args):
     if torch.compiler.is_compiling():
         return False
     return (torch._C._len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
+            and not torch._C._are_functorch_transforms_active()
             and all(type(a) in _PLAIN for a in args))
 
 

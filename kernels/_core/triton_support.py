@@ -18,7 +18,12 @@ def _why_not_device(index):
     """The reason why GPU ``index`` (-1: the interpreter) cannot run Triton kernels, or None."""
     if importlib.util.find_spec('triton') is None:
         return 'Triton is not installed: pip install triton, of the version that PyTorch asks for'
-    if index >= 0 and torch.version.hip is None:
+    import triton
+    if not hasattr(triton, 'constexpr_function'):
+        return f'Triton {triton.__version__} is too old: the kernels were written for 3.6, which PyTorch 2.11 brings'
+    if torch.version.hip is not None:
+        return 'the kernels are written for NVIDIA GPUs'
+    if index >= 0:
         capability = torch.cuda.get_device_capability(index)
         if capability <= _NEWEST_TOO_OLD:
             return (f'{torch.cuda.get_device_name(index)} has compute capability '

@@ -46,5 +46,4 @@ def residual_conv_norm(x, conv_weight, conv_bias, norm_weight, norm_bias, branch
         if branch is None:
             raise ValueError(f'{op}: scale is given without the branch that it scales')
         check_shape(op, 'scale', scale, (batch,), '(batch,)')
-    return ops.residual_conv_norm(x, branch, scale, conv_weight, conv_bias, norm_weight, norm_bias,
-                                               eps)
+    return ops.residual_conv_norm(x, branch, scale, conv_weight, conv_bias, norm_weight, norm_bias, eps)

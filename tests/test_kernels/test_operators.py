@@ -49,8 +49,8 @@ def assert_same_bits(got, other):
 def test_matches_reference(call, dtype, threads):
     if call.backend == 'triton' and threads > 1:
         pytest.skip('triton does not use the threads of the processor')
-    if call.backend == 'triton' and call.device == 'cpu' and dtype == torch.float16 and 'tiny' not in call.case:
-        pytest.skip("slow in Triton's interpreter, which runs float32 and bfloat16")
+    if call.backend == 'triton' and call.device == 'cpu' and dtype.itemsize == 2 and 'tiny' not in call.case:
+        pytest.skip("slow in Triton's interpreter, which runs this case in float32")
     call.check(call.evaluate(call.inputs(dtype)), expected(call.op, call.case, dtype))
 
 

@@ -37,10 +37,16 @@ def test_no_float64():
 
 
 @pytest.mark.parametrize('what, reason', [('old', r'Imaginary 100 has compute capability 7.5, .* need 8.0 or newer'),
+                                          ('AMD', 'the kernels are written for NVIDIA GPUs'),
+                                          ('old Triton', r'Triton \S+ is too old'),
                                           ('missing', 'Triton is not installed: pip install triton')])
 def test_stand_in_is_announced_once(what, reason, monkeypatch):
     if what == 'old':
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (7, 5))
+    elif what == 'AMD':
+        monkeypatch.setattr(torch.version, 'hip', '6.0')
+    elif what == 'old Triton':
+        monkeypatch.delattr(pytest.importorskip('triton'), 'constexpr_function')
     else:
         monkeypatch.setattr(triton_support.importlib.util, 'find_spec', lambda name: None)
     with pytest.warns(UserWarning, match=f'composed PyTorch operations, slower: {reason}'):

@@ -9,6 +9,7 @@ from torch import nn
 
 from mmvssm.models import backbones
 from mmvssm.models.layers.backbone import VisionSSM
+from mmvssm.models.layers.mlp import MLP
 
 MICRO = dict(embed_dims=8, depths=(1, 2, 1, 1))
 NAMES = backbones.__all__
@@ -271,3 +272,16 @@ def test_compile_option_compiles_the_backbone_alone(family):
 def test_compile_option_of_another_type_raises():
     with pytest.raises(ValueError, match="SpatialMamba: compile='yes', expected True, False or a dict"):
         backbones.SpatialMamba(compile='yes')
+
+
+def test_mlp_calls_hooks_and_leaves_frozen_parameters_alone():
+    mlp, called = MLP(8, 32), []
+    mlp.fc2.weight.requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    fast = torch.autograd.grad(mlp(x).sum(), [x, mlp.fc1.weight, mlp.fc2.bias])
+    handle = mlp.fc2.register_forward_hook(lambda *args: called.append(1))
+    plain = torch.autograd.grad(mlp(x).sum(), [x, mlp.fc1.weight, mlp.fc2.bias])
+    handle.remove()
+    assert called
+    for got, expected in zip(fast, plain):
+        torch.testing.assert_close(got, expected)

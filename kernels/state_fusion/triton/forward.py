@@ -25,9 +25,9 @@ WARPS, REGISTERS = 8, 128
 
 
 @triton.jit
-def _load_row(C, x, row, first, W, pixel, channel, used, ROW_C: tl.constexpr, ROW_X: tl.constexpr):
-    """What it takes to finish a row besides its sum. Rows before the strip are finished, too, but not stored."""
-    row = tl.maximum(row, first)
+def _load_row(C, x, row, first, end, W, pixel, channel, used, ROW_C: tl.constexpr, ROW_X: tl.constexpr):
+    """What it takes to finish a row besides its sum. Rows outside of the strip are finished, too, but not stored."""
+    row = tl.minimum(tl.maximum(row, first), end - 1)
     scale = tl.load(C + row * (W * ROW_C) + pixel * ROW_C)
     return scale, tl.load(x + row * (W * ROW_X) + (pixel[:, None] * ROW_X + channel), mask=used)
 
@@ -85,20 +85,20 @@ def _forward_kernel(h, C, x, taps, y, B, H, W, strip, units, each, DIM: tl.const
             above = load_columns(h + tl.maximum(first - 5 + i, 0) * stride, places, inside, MASKED)
             _, sums = gather(sums, weights, widen_columns(above), -5, i - 5)
         values = widen_columns(load_columns(h + first * stride, places, inside, MASKED))
-        scale_ahead, other_ahead = _load_row(C, x, first - 5, first, W, pixel, channel, used, ROW_C, ROW_X)
+        scale_ahead, other_ahead = _load_row(C, x, first - 5, first, end, W, pixel, channel, used, ROW_C, ROW_X)
         scale, other = _widen_row(scale_ahead, other_ahead)
         for row in range(first, end):
             prefetch(h, row, H, stride, h_ahead, MASKED)
             prefetch(x, row, H, W * ROW_X, x_ahead, MASKED)
             ahead = load_columns(h + tl.minimum(row + 1, H - 1) * stride, places, inside, MASKED)
-            scale_ahead, other_ahead = _load_row(C, x, row - 4, first, W, pixel, channel, used, ROW_C, ROW_X)
+            scale_ahead, other_ahead = _load_row(C, x, row - 4, first, end, W, pixel, channel, used, ROW_C, ROW_X)
             fused, sums = gather(sums, weights, values, -5, 5)
             _store_row(y, scale * fused + skip * other, row - 5, first, W, pixel, channel, used, DIM)
             values = widen_columns(ahead)
             scale, other = _widen_row(scale_ahead, other_ahead)
         for i in tl.static_range(5):
             ahead = load_columns(h + tl.minimum(end + i + 1, H - 1) * stride, places, inside, MASKED)
-            scale_ahead, other_ahead = _load_row(C, x, end + i - 4, first, W, pixel, channel, used, ROW_C, ROW_X)
+            scale_ahead, other_ahead = _load_row(C, x, end + i - 4, first, end, W, pixel, channel, used, ROW_C, ROW_X)
             fused, sums = gather(sums, weights, values, i + 1, 5)
             _store_row(y, scale * fused + skip * other, end + i - 5, first, W, pixel, channel, used, DIM)
             values = widen_columns(ahead)

@@ -17,10 +17,15 @@ class _GELULinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2).to(grad.dtype)
-        grad_x = torch.ops.aten.gelu_backward((grad @ weight.to(grad.dtype)).to(x.dtype), x)
-        return grad_x, grad_weight.to(weight.dtype), rows.sum(0).to(weight.dtype)
+        rows, (of_x, of_weight, of_bias) = grad.flatten(0, -2), ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if of_x:
+            grad_x = torch.ops.aten.gelu_backward((grad @ weight.to(grad.dtype)).to(x.dtype), x)
+        if of_weight:
+            grad_weight = (rows.t() @ F.gelu(x).flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+        if of_bias:
+            grad_bias = rows.sum(0).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 class MLP(nn.Module):
@@ -34,7 +39,16 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.fc1(x)
-        # The compiler recomputes by itself; tracing for FLOPs and export wants plain operations.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        if torch.is_grad_enabled() and self._may_recompute():
             return _GELULinear.apply(x, self.fc2.weight, self.fc2.bias)
         return self.fc2(self.act(x))
+
+    def _may_recompute(self):
+        """The compiler recomputes by itself; tracing for FLOPs and export wants plain operations; hooks and modules
+        put in place of ours are called."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+            return False
+        fc2, act = self.fc2, self.act
+        return type(fc2) is nn.Linear and type(act) is nn.GELU and not (
+            fc2._forward_hooks or fc2._forward_pre_hooks or fc2._backward_hooks or act._forward_hooks
+            or act._forward_pre_hooks or act._backward_hooks)
