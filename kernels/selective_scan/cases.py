@@ -84,8 +84,8 @@ TOLERANCES = {
             **dict.fromkeys(('A', 'dt_weight', 'dt_bias', 'D'), sums)}
     for dtype, elements, sums in ((torch.float64, 1e-14, 5e-14), (torch.float32, 2e-6, 5e-6),
                                   (torch.bfloat16, 4e-3, 4e-3), (torch.float16, 5e-4, 5e-4))}
-#: What a backend may have instead, by its name and the float32 tensor compared. The terms of the gradient of ``A`` cancel,
-#: and a GPU's exponential is good to 2e-7.
+#: What a backend may have instead, by its name and the float32 tensor compared. The terms of the gradient of ``A``
+#: cancel, and a GPU's exponential is good to 2e-7.
 BACKEND_TOLERANCES = {('triton', 'A'): 1e-5}
 
 
