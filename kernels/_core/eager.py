@@ -9,7 +9,8 @@ import torch
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float)
 
 
-def _is_plain(args):
+def is_plain(args):
+    """Whether nothing watches a call with these arguments."""
     if torch.compiler.is_compiling():
         return False
     return (torch._C._len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
@@ -22,7 +23,7 @@ def backward_caller(op, implementation):
     watches, ``op``."""
 
     def call(*args):
-        if not torch.is_grad_enabled() and _is_plain(args):
+        if not torch.is_grad_enabled() and is_plain(args):
             return implementation(*args)
         return op(*args)
 
@@ -46,7 +47,7 @@ def caller(op, implementation, setup_context, backward):
             return backward(ctx, *grads)
 
     def call(*args):
-        if not _is_plain(args):
+        if not is_plain(args):
             return op(*args)
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             return Function.apply(*args)

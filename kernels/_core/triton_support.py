@@ -1,6 +1,7 @@
 """What the Triton backends share outside their kernels: when they can run, and how tensors reach them."""
 import functools
 import importlib.util
+import operator
 import os
 import warnings
 
@@ -81,37 +82,69 @@ def as_rows(tensor, dims=1):
     return tensor, tensor.shape[-1] if row is None else row
 
 
-#: Compiled kernels by kernel, device, and what the code depends on; which parameters of a kernel are constants. By
-#: identity: kernels live as long as their modules, and to hash one takes Triton longer than to start it.
-_compiled, _constants = {}, {}
+#: Compiled kernels by all that their code depends on, and what is what among a kernel's arguments. By identity: kernels
+#: live as long as their modules, and to hash one takes Triton longer than to start it.
+_compiled, _signatures = {}, {}
+
+
+def _signature(kernel):
+    """Places of tensors and of integers among the arguments of ``kernel``, and a function that picks the constants."""
+    places = [i for i, p in enumerate(kernel.params) if not p.is_constexpr]
+    numbers = [i for i in places if kernel.params[i].do_not_specialize]
+    constants = [i for i, p in enumerate(kernel.params) if p.is_constexpr]
+    return [i for i in places if i not in numbers], numbers, operator.itemgetter(*constants)
+
+
+@functools.cache
+def _runtime():
+    from triton import knobs
+    return knobs.runtime
+
+
+def _is_watched(hook):
+    """Whether a profiler waits for launches."""
+    return hook is not None and getattr(hook, 'calls', True)
 
 
 def launch(kernel, grid, *args, **options):
     """``kernel[grid](*args, **options)`` in a fraction of the processor time: a kernel compiled before is looked up
-    by the constants, and by precision and alignment of the tensors. Runtime integers do not count, so a kernel must
-    list them all in ``do_not_specialize``. ``grid`` has three numbers, ``args`` are all arguments in their order."""
+    by the constants, and by precision and alignment of the tensors, and started with bare addresses. A kernel must
+    list its runtime integers in ``do_not_specialize``. ``grid`` has three numbers, ``args`` are all arguments in their
+    order."""
     if INTERPRETED:
         kernel[grid](*args, **options)
         return
-    device = next(a for a in args if isinstance(a, torch.Tensor)).get_device()
-    if device != torch.cuda.current_device():
+    signature = _signatures.get(id(kernel))
+    if signature is None:
+        signature = _signatures[id(kernel)] = _signature(kernel)
+    tensors, numbers, constants = signature
+    device = args[tensors[0]].get_device()
+    if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, grid, *args, **options)
         return
-    key = [id(kernel), device, *options.values()]
-    constants = _constants.get(id(kernel))
-    if constants is None:
-        constants = _constants[id(kernel)] = tuple(p.is_constexpr for p in kernel.params)
-    for is_constant, a in zip(constants, args, strict=True):
-        if is_constant or a is None:
-            key.append(a)
-        elif type(a) is int:
-            key.append(a >= 2**31)
+    key, values, addresses, largest = [id(kernel), device, constants(args)], list(args), 0, 0
+    for i in tensors:
+        tensor = values[i]
+        if tensor is None:
+            key.append(None)
         else:
-            key += a.dtype, a.data_ptr() % 16
-    key = tuple(key)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](*args, **options)
-    else:
+            values[i] = address = tensor.data_ptr()
+            addresses |= address
+            key.append(tensor.dtype)
+    for i in numbers:
+        largest |= values[i]
+    if addresses & 15 or largest >> 31:  # seldom: which of them are not aligned, or need 64 bits
+        key += [values[i] and values[i] % 16 for i in tensors] + [values[i] >> 31 for i in numbers]
+    key = (*key, *options.values())
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **options)
+        _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        return
+    compiled, run, function, metadata = found
+    runtime = _runtime()
+    if _is_watched(runtime.launch_enter_hook) or _is_watched(runtime.launch_exit_hook):
         compiled[grid](*args)
+    else:
+        run(*grid, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None, *values)

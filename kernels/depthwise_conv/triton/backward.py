@@ -18,8 +18,9 @@ def _add_pairs(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b
 
 @triton.jit(do_not_specialize=['lanes', 'height', 'width', 'tiles'])
 def _kernel(grad, x, weight, residual, grad_x, partials, lanes, height, width, tiles, DIM: tl.constexpr,
-            GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, SAME: tl.constexpr,
-            ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+            GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
+            GRAD_X_STRIDE: tl.constexpr, SAME: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+            BLOCK_C: tl.constexpr):
     """``grad_x``: the convolution of ``grad`` with the weights flipped, plus ``residual``, or plus ``grad`` if
     ``SAME``. A program's sums for the weights and the bias go to its row of ``partials``, (programs, 10 * DIM)."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -51,8 +52,8 @@ def _kernel(grad, x, weight, residual, grad_x, partials, lanes, height, width, t
             sums = added + (sums[9] + grads[r + 1][1].to(tl.float32), )
             if residual is not None:
                 value += extras[r].to(tl.float32)
-            tl.store(grad_x + (pixel + r * width) * DIM + channel[None, :], value.to(grad_x.dtype.element_ty),
-                     mask=here & (row + r < height))
+            tl.store(grad_x + (pixel + r * width) * GRAD_X_STRIDE + channel[None, :],
+                     value.to(grad_x.dtype.element_ty), mask=here & (row + r < height))
     totals = tl.reduce(sums, 0, _add_pairs)
     partials += tl.program_id(1) * (10 * DIM) + channel
     for k in tl.static_range(10):
@@ -78,7 +79,8 @@ def _add_up(partials, grad_weight, grad_bias, programs, DIM: tl.constexpr, BLOCK
                  mask=(column >= 9 * DIM) & (column < 10 * DIM))
 
 
-def backward(grad, x, weight, bias, residual, silu):
+def backward(grad, x, weight, bias, residual, silu, grad_x=None):
+    """Gradients of ``x``, ``weight``, ``bias``. ``grad_x``: where to put the first, rows of channels evenly spaced."""
     if not x.numel():
         return x.new_empty(x.shape), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
     _, height, width, dim = x.shape
@@ -89,12 +91,12 @@ def backward(grad, x, weight, bias, residual, silu):
         grad = x.new_empty(x.shape, dtype=torch.float32)  # rounded once, in grad_x
         convolve(x, weight, bias, after, grad, False, True)
     grid, lanes, tiles, rows, block_p, block_c, warps = plan(x, 2, _THREADS)
-    grad_x = x.new_empty(x.shape)
+    grad_x = x.new_empty(x.shape) if grad_x is None else grad_x
     (x, x_stride), (grad, grad_stride) = as_rows(x, 3), as_rows(grad, 3)
     extra, extra_stride = (None, 0) if extra is None else as_rows(extra, 3)
     partials = x.new_empty((grid[1], 10 * dim), dtype=torch.float32)
     launch(_kernel, grid, grad, x, weight, extra, grad_x, partials, lanes, height, width, tiles, dim, grad_stride,
-           x_stride, extra_stride, residual and not silu, rows, block_p, block_c, num_warps=warps)
+           x_stride, extra_stride, grad_x.stride(2), residual and not silu, rows, block_p, block_c, num_warps=warps)
     grad_weight = torch.empty_like(weight)
     grad_bias = None if bias is None else bias.new_empty(bias.shape)
     launch(_add_up, (cdiv(10 * dim, 16), 1, 1), partials, grad_weight, grad_bias, grid[1], dim, 256, 16,

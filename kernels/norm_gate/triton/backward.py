@@ -14,8 +14,8 @@ _UNROLL = 2
 
 @triton.jit(do_not_specialize=['rows'])
 def _kernel(grad, x, z, weight, bias, grad_x, grad_z, partials, rows, EPS: tl.constexpr, DIM: tl.constexpr,
-            GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
-            BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
+            GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr, GRAD_Z_STRIDE: tl.constexpr,
+            BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
     """A program's sums for the weight and the bias go to its row of ``partials``, (programs, 2 * DIM)."""
     channel = tl.arange(0, BLOCK_D)
     scale, shift = load_parameters(weight, bias, channel, DIM)
@@ -38,8 +38,8 @@ def _kernel(grad, x, z, weight, bias, grad_x, grad_z, partials, rows, EPS: tl.co
             open_ = sigmoid(gate)
             slope = open_ * (1 + gate * (1 - open_))
             at_z = upstream * (normal * scale + shift) * slope
-            offset = row.to(tl.int64)[:, None] * DIM + channel[None, :]
-            tl.store(grad_z + offset, at_z.to(grad_z.dtype.element_ty), mask=mask)
+            tl.store(grad_z + row.to(tl.int64)[:, None] * GRAD_Z_STRIDE + channel[None, :],
+                     at_z.to(grad_z.dtype.element_ty), mask=mask)
             upstream *= gate * open_  # at the LayerNorm's output
             weight_sum += upstream * normal
             bias_sum += upstream
@@ -47,7 +47,8 @@ def _kernel(grad, x, z, weight, bias, grad_x, grad_z, partials, rows, EPS: tl.co
             mean = tl.sum(upstream, 1, keep_dims=True) / DIM
             along = tl.sum(upstream * normal, 1, keep_dims=True) / DIM
             at_x = inverse * (upstream - mean - normal * along)
-            tl.store(grad_x + offset, at_x.to(grad_x.dtype.element_ty), mask=mask)
+            tl.store(grad_x + row.to(tl.int64)[:, None] * DIM + channel[None, :], at_x.to(grad_x.dtype.element_ty),
+                     mask=mask)
     partials += tl.program_id(0) * (2 * DIM) + channel
     tl.store(partials, tl.sum(weight_sum, 0), mask=channel < DIM)
     tl.store(partials + DIM, tl.sum(bias_sum, 0), mask=channel < DIM)
@@ -69,21 +70,24 @@ def _add_up(partials, grad_weight, grad_bias, programs, DIM: tl.constexpr, BLOCK
              mask=(column >= DIM) & (column < 2 * DIM))
 
 
-def backward(grad, x, z, weight, bias, eps):
-    grad_x, grad_z = x.new_empty(x.shape), z.new_empty(z.shape)
+def backward(grad, x, z, weight, bias, eps, grad_z=None):
+    """Gradients of the four tensors. ``grad_z``: where to put that of ``z``, rows of channels evenly spaced."""
+    grad_x = x.new_empty(x.shape)
+    grad_z = z.new_empty(z.shape) if grad_z is None else grad_z
     if not x.numel():
         return grad_x, grad_z, torch.zeros_like(weight), torch.zeros_like(bias)
     dim = x.shape[-1]
     rows = x.numel() // dim
     (grad, grad_stride), (x, x_stride), (z, z_stride) = rows_of(grad), rows_of(x), rows_of(z)
     weight, bias = weight.contiguous(), bias.contiguous()
+    grad_z_stride = grad_z.stride(-2) if grad_z.dim() > 1 else dim
     block_d = next_power_of_2(dim)
     warps = min(max(4, block_d // 256), 16)  # 8 numbers a thread
     block_r = max(1, 256 * warps // block_d)
     programs = min(cdiv(rows, block_r * _UNROLL), _WARPS // warps)
     partials = x.new_empty((programs, 2 * dim), dtype=torch.float32)
     launch(_kernel, (programs, 1, 1), grad, x, z, weight, bias, grad_x, grad_z, partials, rows, eps, dim, grad_stride,
-           x_stride, z_stride, block_r, block_d, _UNROLL, num_warps=warps)
+           x_stride, z_stride, grad_z_stride, block_r, block_d, _UNROLL, num_warps=warps)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     launch(_add_up, (cdiv(2 * dim, 16), 1, 1), partials, grad_weight, grad_bias, programs, dim, 256, 16,
            num_warps=4)

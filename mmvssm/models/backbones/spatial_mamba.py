@@ -19,6 +19,7 @@ from ..layers.depthwise import DepthwiseConv
 from ..layers.drop_path import DropPathScale, add_branch
 from ..layers.mlp import MLP
 from ..layers.ssm import reset_scan_parameters
+from . import spatial_mamba_block as fused
 
 LN_EPS = 1e-5
 
@@ -137,10 +138,14 @@ class Block(nn.Module):
     def forward(self, x, branch=None, scale=None):
         """``branch``, times ``scale`` (B,), is what the block before has yet to add to ``x``. Returns the same three
         for the block after."""
+        of_mixer, of_mlp = self.drop_path(x, 2)
+        parameters = None if torch.compiler.is_compiling() else fused.parameters_of(self, x, branch, scale)
+        if parameters:
+            return *fused.run(self, x, branch, scale, of_mixer, parameters), of_mlp
         x, normed = self.convolve(self.cpe1, self.ln_1, x, branch, scale)
         branch = self.self_attention(normed)
-        x, normed = self.convolve(self.cpe2, self.ln_2, x, branch, self.drop_path(x))
-        return x, self.mlp(normed), self.drop_path(x)
+        x, normed = self.convolve(self.cpe2, self.ln_2, x, branch, of_mixer)
+        return x, self.mlp(normed), of_mlp
 
     @staticmethod
     def convolve(conv, norm, x, branch, scale):

@@ -10,12 +10,13 @@ class DropPathScale(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x):
-        """(batch,) in float32 for ``x`` (batch, ...), or None where nothing is dropped."""
+    def forward(self, x, branches):
+        """A tuple of factors for as many ``branches``: (batch,) in float32 for ``x`` (batch, ...), or None where nothing is
+        dropped."""
         if not self.training or not self.drop_prob:
-            return None
+            return (None,) * branches
         keep = 1 - self.drop_prob
-        return torch.empty(x.shape[0], device=x.device).bernoulli_(keep).div_(keep)
+        return torch.empty((branches, x.shape[0]), device=x.device).bernoulli_(keep).div_(keep).unbind()
 
 
 def add_branch(x, branch, scale):

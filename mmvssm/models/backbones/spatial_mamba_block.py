@@ -1,0 +1,259 @@
+"""A block of Spatial-Mamba as one autograd function, for GPUs.
+
+``Block.forward`` in spatial_mamba.py says what a block computes. Run that way, its modules, operators and nodes of the
+autograd graph cost the processor more time than the GPU needs for the work. Here the same kernels are called one after
+the other, forward and backward; weights are cast at once, and gradients are added up where they are produced. It
+stands in only where nobody can tell the difference: see :func:`parameters_of`.
+"""
+import functools
+import operator
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as nn_module
+
+from mmvssm.kernels._core.backends import requested_backend
+from mmvssm.kernels._core.eager import is_plain
+from mmvssm.kernels._core.precision import without_autocast
+from mmvssm.kernels._core.triton_support import why_not_triton
+from mmvssm.kernels.gelu_backward import column_sums, gelu_backward
+from mmvssm.kernels.selective_scan.ops import CHUNK
+
+from ..layers.depthwise import DepthwiseConv
+from ..layers.mlp import MLP
+
+#: Whether matrix products can return float32 for half precision.
+_WIDE_PRODUCTS = 'dtype' in torch.ops.aten.mm.overloads()
+
+
+@functools.cache
+def _rooms():
+    """The kernels, which need Triton."""
+    from mmvssm.kernels.depthwise_conv import triton as conv
+    from mmvssm.kernels.norm_gate import triton as gate
+    from mmvssm.kernels.residual_conv_norm import triton as residual
+    from mmvssm.kernels.selective_scan import triton as scan
+    from mmvssm.kernels.state_fusion import triton as fusion
+    return residual, conv, scan, fusion, gate
+
+
+#: Names of modules and of parameters by where they are found; the order of the parameters is that of :func:`run`.
+_OF_BLOCK = operator.itemgetter('cpe1', 'ln_1', 'self_attention', 'cpe2', 'ln_2', 'mlp')
+_OF_MIXER = operator.itemgetter('in_proj', 'conv2d', 'state_fusion', 'out_norm', 'out_proj')
+_OF_MLP = operator.itemgetter('fc1', 'act', 'fc2')
+_SCAN = operator.itemgetter('x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A_logs', 'Ds')
+_FUSION = operator.itemgetter('kernel_3', 'kernel_3_1', 'kernel_3_2', 'alpha')
+_BOTH = operator.itemgetter('weight', 'bias')
+#: Places of the parameters that matrix products take, in the precision of autocast.
+_CAST = IN_PROJ, X_PROJ, OUT_PROJ, FC1, FC1_BIAS, FC2, FC2_BIAS = 4, 7, 18, 23, 24, 25, 26
+_PLAIN = {torch.Tensor, nn.Parameter}
+
+
+@functools.cache
+def _kinds():
+    from .spatial_mamba import StateFusion, StructureAwareSSM
+    return (DepthwiseConv, nn.LayerNorm, StructureAwareSSM, DepthwiseConv, nn.LayerNorm, MLP, nn.Linear, DepthwiseConv,
+            StateFusion, nn.LayerNorm, nn.Linear, nn.Linear, nn.GELU, nn.Linear)
+
+
+def _modules_of(block):
+    own = _OF_BLOCK(block._modules)
+    return own + _OF_MIXER(own[2]._modules) + _OF_MLP(own[5]._modules)
+
+
+class _Structure:
+    """What need not be looked at again while a block has the same modules."""
+
+    def __init__(self, block, modules):
+        from .spatial_mamba import Block
+        self.modules = modules
+        #: Whether these are the modules that the function stands in for.
+        self.standard = type(block) is Block and tuple(map(type, modules)) == _kinds() and modules[6].bias is None \
+            and modules[10].bias is None and modules[12].approximate == 'none'
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks,
+                                                           m._backward_pre_hooks)]
+
+    def parameters(self):
+        cpe1, ln_1, mixer, cpe2, ln_2, _, in_proj, conv, fusion, out_norm, out_proj, fc1, _, fc2 = (
+            m._parameters for m in self.modules)
+        return (*_BOTH(cpe1), *_BOTH(ln_1), in_proj['weight'], *_BOTH(conv), *_SCAN(mixer), *_FUSION(fusion),
+                *_BOTH(out_norm), out_proj['weight'], *_BOTH(cpe2), *_BOTH(ln_2), *_BOTH(fc1), *_BOTH(fc2))
+
+
+_structures = weakref.WeakKeyDictionary()
+
+
+def parameters_of(block, x, branch, scale):
+    """The block's parameters in the order in which :func:`run` takes them. None if the modules must be called one by
+    one: another backend than Triton, a compiler, tracer or mode that wants to see operators, hooks on modules,
+    modules or parameters that were replaced."""
+    if requested_backend() not in (None, 'triton') or why_not_triton(x) is not None or not x.numel() \
+            or not is_plain((x, branch, scale)):
+        return None
+    try:
+        structure, modules = _structures.get(block), _modules_of(block)
+        if structure is None or structure.modules != modules:
+            structure = _structures[block] = _Structure(block, modules)
+        if not structure.standard or any(structure.hooks) or nn_module._has_any_global_hook():
+            return None
+        parameters = structure.parameters()
+    except KeyError:
+        return None
+    if not _PLAIN.issuperset(map(type, parameters)) or {p.get_device() for p in parameters} != {x.get_device()}:
+        return None
+    if not torch.is_autocast_enabled(x.device.type) and any(parameters[i].dtype != x.dtype for i in _CAST):
+        return None  # an error of the user's, which the modules report
+    return parameters
+
+
+def _cast(parameters, dtype):
+    """Those of ``_CAST`` in ``dtype``."""
+    parameters = [parameters[i] for i in _CAST]
+    if all(p.dtype == dtype for p in parameters):
+        return parameters
+    cast = [torch.empty_like(p, dtype=dtype) for p in parameters]
+    torch._foreach_copy_(cast, parameters)
+    return cast
+
+
+def _product(a, b, dtype):
+    """``a @ b`` in ``dtype``, rounded once if PyTorch can."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if _WIDE_PRODUCTS and dtype == torch.float32 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _forward(x, branch, scale, scale2, eps, parameters, dtype, kept):
+    """The block's results. What its backward pass needs is appended to ``kept``, unless that is None."""
+    residual, conv, scan, fusion, gate = _rooms()
+    (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
+     cpe2_w, cpe2_b, ln2_w, ln2_b, *_) = parameters
+    in_w, x_w, out_w, fc1_w, fc1_b, fc2_w, fc2_b = _cast(parameters, dtype)
+    batch, height, width, dim = x.shape
+    inner, d_state = A_logs.shape
+    rank, length = dt_w.shape[1], height * width
+    rows = batch * length
+
+    def keep(*tensors):
+        if kept is not None:
+            kept.extend(tensors)
+
+    y1, n = residual.forward(x, branch, scale, cpe1_w, cpe1_b, ln1_w, ln1_b, eps[0])
+    n = n.view(rows, dim).to(dtype)
+    xz = F.linear(n, in_w).view(batch, height, width, 2 * inner)
+    keep(y1, n, xz)
+    u, z = xz.chunk(2, -1)
+    u = conv.forward(u, conv_w, conv_b, False, True)
+    p = F.linear(u.view(rows, inner), x_w).view(batch, length, 1, -1)
+    dt, B, C = p.split((rank, d_state, d_state), -1)
+    A = torch.exp(A_logs.float()).neg_()
+    h, states = scan.forward(u.view(batch, length, inner), dt, A, B, None, dt_w, dt_b, None, None, chunk=CHUNK)
+    h = h.view(batch, height, width, d_state, inner)
+    keep(u, p, A, h, states)
+    y = fusion.forward(h, C, u, Ds, k1, k3, k5, alpha)
+    del u, h, states, p, dt, B, C
+    g = gate.forward(y, z, norm_w, norm_b, eps[1]).view(rows, inner)
+    o = F.linear(g, out_w).view(x.shape)
+    keep(y, g, o)
+    del y, z, xz, g
+    y, n = residual.forward(y1, o, scale2, cpe2_w, cpe2_b, ln2_w, ln2_b, eps[2])
+    del y1, o
+    n = n.view(rows, dim).to(dtype)
+    a = F.linear(n, fc1_w, fc1_b)
+    keep(n, a, in_w, x_w, out_w, fc1_w, fc2_w)
+    a = F.gelu(a)
+    return y, F.linear(a, fc2_w, fc2_b).view(x.shape)
+
+
+class _Block(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, branch, scale, scale2, eps, dtype, *parameters):
+        kept = []
+        results = _forward(x, branch, scale, scale2, eps, parameters, dtype, kept)
+        ctx.save_for_backward(x, branch, scale, scale2, *kept, *parameters)
+        ctx.eps = eps
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y2, grad_out):
+        return _backward(grad_y2, grad_out, ctx.eps, ctx.needs_input_grad[6:], *ctx.saved_tensors)
+
+
+@without_autocast
+def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, xz, u, p, A, h, states, y, g, o, n2, a,
+              in_w, x_w, out_w, fc1_w, fc2_w, *parameters):
+    residual, conv, scan, fusion, gate = _rooms()
+    (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
+     cpe2_w, cpe2_b, ln2_w, ln2_b, *_) = parameters
+    batch, height, width, dim = x.shape
+    inner, d_state = A_logs.shape
+    rank, length = dt_w.shape[1], height * width
+    rows = batch * length
+    grads = [None] * len(parameters)
+
+    def of_weight(i, grad, inputs):
+        if needed[i]:
+            grads[i] = _product(grad.t(), inputs, parameters[i].dtype)
+
+    grad_out = grad_out.reshape(rows, dim)
+    if needed[FC2_BIAS]:
+        grads[FC2_BIAS] = column_sums(grad_out)
+    grad_a, m, grads[FC1_BIAS] = gelu_backward(torch.mm(grad_out, fc2_w), a)
+    of_weight(FC2, grad_out, m)
+    del m
+    of_weight(FC1, grad_a, n2)
+    grad_n = torch.mm(grad_a, fc1_w).view(x.shape)
+    del grad_a
+    shared = scale2 is None and o.dtype == y1.dtype
+    grad_y1, grad_o, *grads[19:23] = residual.backward(grad_y2, grad_n, y1, o, scale2, cpe2_w, cpe2_b, ln2_w, ln2_b,
+                                                       eps[2], not shared)
+    grad_o = (grad_y1 if shared else grad_o).view(rows, dim)
+    of_weight(OUT_PROJ, grad_o, g)
+    grad_g = torch.mm(grad_o, out_w).view(y.shape)
+    grad_xz = torch.empty_like(xz)
+    (v, z), (grad_v, grad_z) = xz.chunk(2, -1), grad_xz.chunk(2, -1)
+    grad_y, _, *grads[16:18] = gate.backward(grad_g, y, z, norm_w, norm_b, eps[1], grad_z)
+    del grad_g
+    dt, B, C = p.split((rank, d_state, d_state), -1)
+    grad_h, grad_C, grad_u, *grads[11:16] = fusion.backward(grad_y, h, C, u, Ds, k1, k3, k5, alpha)
+    del grad_y
+    more, grad_dt, grad_A, grad_B, _, *grads[8:10], _ = scan.backward(
+        grad_h, u.view(batch, length, inner), dt, A, B, None, dt_w, dt_b, None, None, states, chunk=CHUNK)
+    del grad_h
+    grads[10] = grad_A * A
+    grad_p = torch.cat((grad_dt, grad_B, grad_C.to(p.dtype)), -1).view(rows, -1)
+    of_weight(X_PROJ, grad_p, u.view(rows, inner))
+    grad_u = torch.addmm(grad_u.view(rows, inner).add_(more.view(rows, inner)), grad_p, x_w).view(u.shape)
+    _, *grads[5:7] = conv.backward(grad_u, v, conv_w, conv_b, False, True, grad_v)
+    del grad_u, more
+    grad_xz = grad_xz.view(rows, 2 * inner)
+    of_weight(IN_PROJ, grad_xz, n1)
+    grad_n = torch.mm(grad_xz, in_w).view(x.shape)
+    del grad_xz, grad_v, grad_z
+    shared = branch is None or scale is None and branch.dtype == x.dtype
+    grad_x, grad_branch, *grads[0:4] = residual.backward(grad_y1, grad_n, x, branch, scale, cpe1_w, cpe1_b, ln1_w,
+                                                         ln1_b, eps[0], not shared)
+    if shared:
+        grad_branch = None if branch is None else grad_x
+    return grad_x, grad_branch, None, None, None, None, *(
+        grad if grad is None or grad.dtype == p.dtype else grad.to(p.dtype)
+        for grad, p in zip(grads, parameters, strict=True))
+
+
+def run(block, x, branch, scale, scale2, parameters):
+    """The result of ``block`` and the branch that is yet to be added to it; ``scale2`` is the stochastic depth of the
+    mixer's branch."""
+    own = block._modules
+    eps = own['ln_1'].eps, own['self_attention']._modules['out_norm'].eps, own['ln_2'].eps
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
+        return _Block.apply(x, branch, scale, scale2, eps, dtype, *parameters)
+    return _forward(x, branch, scale, scale2, eps, parameters, dtype, None)

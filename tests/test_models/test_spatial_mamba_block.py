@@ -1,0 +1,176 @@
+"""A block of Spatial-Mamba as one autograd function does what its modules do one by one."""
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mmvssm.kernels import use_backend
+from mmvssm.kernels.norm_gate.dispatch import BACKENDS
+from mmvssm.models.backbones import spatial_mamba_block as fused
+from mmvssm.models.backbones.spatial_mamba import Block
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def _why_not():
+    with use_backend('triton'):
+        return BACKENDS[0].why_not(torch.empty(1, device=DEVICE))
+
+
+pytestmark = pytest.mark.skipif(_why_not() is not None, reason=f'Triton: {_why_not()}')
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with use_backend('triton'):
+        yield
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How often the function ran."""
+    calls, run = [], fused.run
+    monkeypatch.setattr(fused, 'run', lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+def build(dtype=torch.float32, d_state=1, drop_path=0.):
+    torch.manual_seed(0)
+    block = Block(16, d_state, 2., drop_path)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return block.to(DEVICE, dtype)
+
+
+def inputs(dtype, autocast=False, branch=True, scale=None, size=(3, 4)):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, *size, 16, generator=g).to(DEVICE, dtype).requires_grad_()
+    if not branch:
+        return x, None, None
+    branch = torch.randn(2, *size, 16, generator=g).to(DEVICE, torch.bfloat16 if autocast else dtype)
+    return x, branch.requires_grad_(), None if scale is None else torch.tensor(scale, device=DEVICE)
+
+
+def outcome(block, args, autocast=False, call=None):
+    """Results and gradients, with the same random numbers each time."""
+    torch.manual_seed(2)
+    block.zero_grad()
+    args = [None if a is None else a.detach().requires_grad_(a.requires_grad) for a in args]
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        x, branch, _ = (call or block)(*args)
+    g = torch.Generator().manual_seed(3)
+    torch.autograd.backward((x, branch), [torch.randn(t.shape, generator=g).to(t) for t in (x, branch)])
+    named = dict(x=x, branch=branch, grad_x=args[0].grad, grad_branch=None if args[1] is None else args[1].grad)
+    return {**named, **{name: p.grad for name, p in block.named_parameters()}}
+
+
+def one_by_one(monkeypatch, *args, **kwargs):
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, 'parameters_of', lambda *_: None)
+        return outcome(*args, **kwargs)
+
+
+def assert_same(got, expected, tolerance):
+    for name, e in expected.items():
+        if e is None:
+            assert got[name] is None, name
+            continue
+        assert got[name].dtype == e.dtype, name
+        error = (got[name].double() - e.double()).norm() / e.double().norm().clamp(min=1e-30)
+        assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize(('dtype', 'autocast', 'options', 'drop_path', 'd_state'), [
+    (torch.float32, False, dict(), 0., 1),
+    (torch.float32, False, dict(branch=False), 0., 1),
+    (torch.float32, False, dict(scale=[0., 2.]), 0.5, 1),
+    (torch.float32, False, dict(size=(1, 1)), 0., 2),
+    (torch.float32, True, dict(scale=[0., 2.]), 0.5, 1),
+    (torch.bfloat16, False, dict(), 0., 1),
+    (torch.bfloat16, True, dict(branch=False), 0.5, 1),
+], ids=['fp32', 'first', 'drop_path', '1x1_states', 'autocast', 'bf16', 'first_autocast'])
+def test_same_as_modules(monkeypatch, runs, dtype, autocast, options, drop_path, d_state):
+    block = build(torch.float32 if autocast else dtype, d_state, drop_path)
+    args = inputs(dtype, autocast, **options)
+    expected = one_by_one(monkeypatch, block, args, autocast)
+    assert not runs
+    got = outcome(block, args, autocast)
+    assert runs
+    # In half precision the gradients of weights are rounded once instead of twice.
+    assert_same(got, expected, 1e-2 if autocast or dtype == torch.bfloat16 else 1e-5)
+
+
+def test_inference(monkeypatch, runs):
+    block, (x, branch, scale) = build().eval(), inputs(torch.float32)
+    with torch.inference_mode():
+        got = block(x, branch, scale)
+        assert runs
+        monkeypatch.setattr(fused, 'parameters_of', lambda *_: None)
+        expected = block(x, branch, scale)
+    for g, e in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_checkpointing_changes_nothing(runs):
+    block, args = build(drop_path=0.5), inputs(torch.float32)
+    expected = outcome(block, args)
+    got = outcome(block, args, call=lambda *a: checkpoint(block, *a, use_reentrant=False))
+    assert len(runs) == 3
+    assert_same(got, expected, 0)
+
+
+def test_frozen_parameters_get_no_gradient(monkeypatch, runs):
+    block, args = build(), inputs(torch.float32)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_('alpha' in name or 'fc1' in name)
+    expected = one_by_one(monkeypatch, block, args)
+    assert_same(outcome(block, args), expected, 1e-5)
+    assert runs
+
+
+@pytest.mark.parametrize('change', ['forward_hook', 'pre_hook', 'backward_hook', 'replaced', 'approximate_gelu', 'lora',
+                                    'subclass', 'parametrized'])
+def test_modules_run_where_that_could_be_told(runs, change):
+    block, args, seen = build(), inputs(torch.float32), []
+    mixer = block.self_attention
+    if change == 'forward_hook':
+        mixer.out_proj.register_forward_hook(lambda *_: seen.append(1))
+    elif change == 'pre_hook':
+        mixer.register_forward_pre_hook(lambda *_: seen.append(1))
+    elif change == 'backward_hook':
+        block.mlp.fc2.register_full_backward_hook(lambda *_: seen.append(1))
+    elif change == 'replaced':
+        mixer.conv2d = Seen(mixer.conv2d, seen)
+    elif change == 'approximate_gelu':
+        block.mlp.act = nn.GELU(approximate='tanh')
+        seen.append(1)
+    elif change == 'lora':
+        block.mlp.fc1 = Seen(block.mlp.fc1, seen)
+    elif change == 'subclass':
+        block.__class__ = type('Other', (Block,), dict(convolve=lambda self, *a: seen.append(1) or Block.convolve(*a)))
+    elif change == 'parametrized':
+        nn.utils.parametrizations.weight_norm(mixer.in_proj)
+        seen.append(1)
+    outcome(block, args)
+    assert seen
+    assert not runs
+
+
+class Seen(nn.Module):
+    """Another module in place of one of ours."""
+
+    def __init__(self, module, seen):
+        super().__init__()
+        self.module, self.seen = module, seen
+
+    def forward(self, *args, **kwargs):
+        self.seen.append(1)
+        return self.module(*args, **kwargs)
+
+
+def test_other_backends_run_modules(runs):
+    block, args = build().cpu(), [a if a is None else a.cpu() for a in inputs(torch.float32)]
+    with use_backend('torch'):
+        block(*args)
+    assert not runs
