@@ -6,6 +6,7 @@ that differs is reported as WRONG, without a speed, and the exit code is 1. See 
 """
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -81,6 +82,8 @@ TARGETS = {
     'spatialmamba-t B128 224x224 infer': '>= 5500', 'spatialmamba-t B128 224x224 train': '>= 1500, 13 GiB',
     'spatialmamba-t B128 224x224 infer compiled': '>= 7500',
     'spatialmamba-t B128 224x224 train compiled': '>= 2200',
+    'spatialmamba-t B128 224x224 infer compiled, CUDA graphs': '>= 7500',
+    'spatialmamba-t B128 224x224 train compiled, CUDA graphs': '>= 2200',
     'spatialmamba-s B128 224x224 infer': '>= 3800', 'spatialmamba-s B128 224x224 train': '>= 950',
     'spatialmamba-b B128 224x224 infer': '>= 2500', 'spatialmamba-b B128 224x224 train': '>= 620',
     'mask_rcnn spatialmamba-t 2x800x1344 backbone fwd+bwd': '<= 50',
@@ -138,6 +141,7 @@ class Meter:
 
     def host_us(self, function, repeats=20):
         """Microseconds of the CPU to queue one call."""
+        function()
         self.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -561,6 +565,11 @@ def before_compiling():
     inductor_config.fallback_random = True
 
 
+def compiled_name(mode):
+    """What rows of this mode of torch.compile end with."""
+    return ' compiled' + {'default': '', 'reduce-overhead': ', CUDA graphs'}[mode]
+
+
 def gradients_of(call, model):
     """The gradients of ``model`` after ``call()``, with the same random numbers each time."""
     torch.manual_seed(1)
@@ -625,16 +634,16 @@ def run_model(report, meter, args, model_name, mode, dtype_name):
             yield '', lambda: call(model)
         if args.cuda_graph and meter.cuda and mode == 'infer':
             yield ' CUDA graph', cuda_graph(lambda: call(model))
-        if args.compile:
+        for compile_mode in args.compile:
             before_compiling()
-            net = torch.compile(model, fullgraph=True)
-            yield ' compiled', lambda: call(net)
+            net = torch.compile(model, fullgraph=True, mode=compile_mode)
+            yield compiled_name(compile_mode), functools.partial(call, net)
 
     with use_backend(args.backend):
         for suffix, step in variants():
             start = time.perf_counter()
-            found, fine = check_call(step, suffix == ' compiled')
-            note = f'compiled in {time.perf_counter() - start:.0f} s' if suffix == ' compiled' else None
+            found, fine = check_call(step, 'compiled' in suffix)
+            note = f'compiled in {time.perf_counter() - start:.0f} s' if 'compiled' in suffix else None
             if not fine:
                 report.add(name + suffix, dtype_name, errors=found, wrong=True, backend=common['backend'])
                 continue
@@ -770,15 +779,15 @@ def run_dense(report, meter, args, task, model_name, dtype_name):
         with torch.no_grad(), autocast(meter, dtype):
             return model.backbone(images)
 
-    for suffix in [''] * (args.eager or not args.compile) + [' compiled'] * args.compile:
-        note, row = None, errors
+    for compile_mode in [None] * (args.eager or not args.compile) + args.compile:
+        note, row, suffix = None, errors, compiled_name(compile_mode) if compile_mode else ''
         with use_backend(args.backend):
             loss = train().item()
             fine = math.isfinite(loss)
             if suffix:
                 expected = gradients_of(backbone_passes, model.backbone)
                 before_compiling()
-                model.backbone.compile(fullgraph=True)
+                model.backbone.compile(fullgraph=True, mode=compile_mode)
                 start = time.perf_counter()
                 error = relative(gradients_of(backbone_passes, model.backbone), expected)
                 note = f'backbone compiled in {time.perf_counter() - start:.0f} s'
@@ -841,8 +850,8 @@ def everything(args, report, meter):
     part('ops', operators, '--shape', '128,128,56,56', '2,128,200,336')
     part('dense', dense)
     part('models', models, '--model', 'spatialmamba-s', 'spatialmamba-b')
-    part('models', models, '--model', 'spatialmamba-t', '--compile', '--no-eager')
-    part('dense', dense, '--task', 'mask_rcnn', '--compile', '--no-eager')
+    part('models', models, '--model', 'spatialmamba-t', '--compile', 'default', 'reduce-overhead', '--no-eager')
+    part('dense', dense, '--task', 'mask_rcnn', '--compile', 'default', 'reduce-overhead', '--no-eager')
     part('ops', operators, '--shape', '128,256,28,28', '128,512,14,14', '128,1024,7,7', '--no-compose')
 
 
@@ -905,7 +914,9 @@ def parse_args(argv=None):
 
     def model_options(sub):
         sub.add_argument('--model', nargs='+', choices=tuple(ARCHS), default=['spatialmamba-t'])
-        sub.add_argument('--compile', action='store_true', help='time it with torch.compile as well')
+        sub.add_argument('--compile', nargs='*', choices=('default', 'reduce-overhead'), metavar='MODE',
+                         help='time it with torch.compile as well, in these modes of it: default, and '
+                              'reduce-overhead, which has CUDA graphs')
         sub.add_argument('--no-eager', dest='eager', action='store_false', help='with --compile: that alone')
         sub.add_argument('--arch', type=arch_of, metavar='WIDTH,DEPTHS',
                          help='instead of the published one, e.g. 16,1,1,1,1')
@@ -929,6 +940,8 @@ def parse_args(argv=None):
 
     command('all', everything, 'the published table: a choice of the others', dtypes=())
     args = parser.parse_args(argv)
+    if hasattr(args, 'compile'):
+        args.compile = ['default'] if args.compile == [] else args.compile or []
     args.passed_on = [f'--device={args.device}', f'--seconds={args.seconds}']
     args.passed_on += [f'--backend={args.backend}'] if args.backend else []
     return args

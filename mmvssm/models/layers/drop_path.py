@@ -11,8 +11,8 @@ class DropPathScale(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x, branches):
-        """A tuple of factors for as many ``branches``: (batch,) in float32 for ``x`` (batch, ...), or None where nothing is
-        dropped."""
+        """Factors for as many ``branches``, a tuple: (batch,) in float32 for ``x`` (batch, ...), or None where nothing
+        is dropped."""
         if not self.training or not self.drop_prob:
             return (None,) * branches
         keep = 1 - self.drop_prob
