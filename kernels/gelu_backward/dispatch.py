@@ -32,5 +32,5 @@ def _backends(triton, composed):
             Backend('torch', lambda tensor: None, composed, None, casts=True))
 
 
-GELU_BACKWARD = _backends(_triton_gelu_backward, gelu_backward_reference)
+BACKENDS = _backends(_triton_gelu_backward, gelu_backward_reference)
 COLUMN_SUMS = _backends(_triton_column_sums, column_sums_reference)

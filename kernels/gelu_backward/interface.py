@@ -1,6 +1,6 @@
 """The public functions. They are steps of a backward pass, so nothing is recorded for gradients of theirs."""
 from .._core.backends import choose
-from .dispatch import COLUMN_SUMS, GELU_BACKWARD
+from .dispatch import COLUMN_SUMS, BACKENDS
 
 
 def gelu_backward(grad, x):
@@ -24,7 +24,7 @@ def gelu_backward(grad, x):
     if grad.shape != x.shape or grad.device != x.device:
         raise ValueError(f'gelu_backward: grad is {tuple(grad.shape)} on {grad.device}, x is {tuple(x.shape)} on '
                          f'{x.device}; expected the same')
-    return choose('gelu_backward', GELU_BACKWARD, x).forward(grad, x)
+    return choose('gelu_backward', BACKENDS, x).forward(grad, x)
 
 
 def column_sums(x):

@@ -223,8 +223,9 @@ def test_everything_is_a_choice_of_the_others(monkeypatch):
     assert {(args.device, args.backend) for args in called} == {('cpu', 'torch')}
     named = {f'{op} B{b} D{d} {h}x{w} {step}' for args in called if args.command == 'ops' for op in args.op
              for b, d, h, w in args.shape for step in ('fwd', 'fwd+bwd')}
-    named |= {f'{model} B{args.batch} 224x224 {mode}' + ' compiled' * args.compile
-              for args in called if args.command == 'models' for model in args.model for mode in args.mode}
+    named |= {f'{model} B{args.batch} 224x224 {mode}{suffix}'
+              for args in called if args.command == 'models' for model in args.model for mode in args.mode
+              for suffix in (map(run.compiled_name, args.compile) if args.compile else [''])}
     assert {case for case in run.TARGETS if not case.startswith(('mask_rcnn', 'upernet'))} <= named
 
 
