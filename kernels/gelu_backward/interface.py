@@ -1,6 +1,6 @@
 """The public functions. They are steps of a backward pass, so nothing is recorded for gradients of theirs."""
 from .._core.backends import choose
-from .dispatch import COLUMN_SUMS, BACKENDS
+from .dispatch import BACKENDS, COLUMN_SUMS
 
 
 def gelu_backward(grad, x):

@@ -38,6 +38,8 @@ CASES = {case.name: case for case in (
     Case('dim_1', height=6, width=5, dim=1),
     Case('d_state_16', height=4, width=5, d_state=16, dim=5),
     Case('5x16', height=5, width=16, dim=20),
+    Case('two_blocks', batch=1, height=6, width=2, dim=72),
+    Case('two_strips', batch=1, height=30, width=6, dim=3),
     Case('one_image', batch=1, height=12, width=12, dim=5),
     Case('no_batch', batch=0, d_state=3),
     Case('half', layout='half', d_state=3, dim=20),

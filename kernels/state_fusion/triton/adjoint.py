@@ -1,151 +1,184 @@
 """Gradient of the states: the adjoint of the stencil, of what a pixel's gradient times its ``C`` is.
 
 Inside the map the adjoint gathers as the stencil does, with the weights turned by 180 degrees and zeros outside. A
-pixel of the border stands for all those outside that are clamped onto it, so it gets what they would get as well.
+pixel of the border stands for all those outside that are clamped onto it, so it gets what they would get as well. For
+the first and the last row this is added up while the rows next to them pass by; the first and the last column have
+programs of their own, whose outer columns are sums over the columns next to the border.
 """
 import triton
 import triton.language as tl
 
 from ..._core.triton_support import cdiv, launch
-from .stencil import gather, load_taps, of_state, shift, strip_for, tile_for, widen
+from .stencil import (
+    PREFETCHED,
+    fold,
+    gather,
+    keep_column,
+    load_columns,
+    load_taps,
+    of_state,
+    prefetch,
+    prefetch_first,
+    put,
+    shift,
+    spread,
+    strip_for,
+    tile_for,
+    unit_of,
+    widen,
+)
 
 WARPS, REGISTERS = 4, 168
-#: Pixels and channels of a program that works on the border.
-_PIXELS, _CHANNELS = 16, 64
 
 
 @triton.jit
-def _load_row(grad, C, row, H, W, near_grad, near_C, exists, inside, ROW_G: tl.constexpr, ROW_C: tl.constexpr):
-    """Gradients and ``C`` of the seven columns in a row; zeros outside of the map."""
-    grads, scales = (), ()
-    here = (row >= 0) & (row < H)
+def _load_row(grad, C, row, W, places, C_places, exists, inside, ROW_G, ROW_C, MASKED: tl.constexpr,
+              BORDER: tl.constexpr):
+    """Gradients and ``C`` of seven columns; of those of the ``BORDER`` that are outside of the map, ``C`` is 0."""
+    grads = load_columns(grad + row * (W * ROW_G), places, inside, MASKED)
+    scales = ()
     for j in tl.static_range(7):
-        grads = grads + (tl.load(grad + row * W * ROW_G + near_grad[j], mask=exists[j][:, None] & inside & here,
-                                 other=0.0),)
-        scales = scales + (tl.load(C + row * W * ROW_C + near_C[j], mask=exists[j] & here, other=0.0),)
+        place = C + row * (W * ROW_C) + C_places[j]
+        if BORDER:
+            scales = scales + (tl.load(place, mask=exists[j], other=0.0),)
+        else:
+            scales = scales + (tl.load(place),)
     return grads, scales
 
 
 @triton.jit
-def _products(grads, scales):
+def _products(loaded, BORDER: tl.constexpr):
+    """Gradients of the fused states in the seven columns that a tile reads. For a column of the ``BORDER`` the loads
+    are those from there inwards; a column outside then stands for all from the border to the one as far inside, whose
+    taps were clamped."""
+    grads, scales = loaded
     values = ()
     for j in tl.static_range(7):
         values = values + (widen(grads[j]) * scales[j][:, None].to(tl.float32),)
+    if BORDER:
+        one = values[0] + values[1]
+        three = one + (values[2] + values[3])
+        five = three + (values[4] + values[5])
+        values = five, three, one, values[0], one, three, five
     return values
 
 
-@triton.jit(do_not_specialize=['B', 'H', 'W', 'strip', 'units', 'each'])
-def _interior(grad, C, taps, grad_h, B, H, W, strip, units, each, DIM: tl.constexpr, ROW_G: tl.constexpr,
-              ROW_C: tl.constexpr, ROW_GH: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr,
-              WIDE: tl.constexpr):
-    """All pixels but those of the border, down the rows as in the forward pass."""
-    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
-    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+@triton.jit
+def _strip(grad, C, taps, grad_h, unit, block, B, H, W, strip, DIM, ROW_G, ROW_C, ROW_GH, LINES: tl.constexpr,
+           CHANNELS: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, BORDER: tl.constexpr):
+    """``grad_h`` of a strip of rows, in columns of the border or in columns between."""
+    strips = tl.cdiv(H, strip)
+    columns = 2 if BORDER else W - 2
+    line = unit // strips * LINES + tl.arange(0, LINES)
+    first = unit % strips * strip
+    used = line < B * columns
+    line = tl.minimum(line, B * columns - 1)
+    image = line // columns
+    column = line - image * columns
+    if BORDER:
+        used &= column < W  # a map of one column has only one border
+        column *= W - 1
+    else:
+        column += 1
+    if WIDE:
+        image = image.to(tl.int64)
+        first = first.to(tl.int64)
+    end = tl.minimum(first + strip, H)
+    pixel = image * (H * W) + column
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     weights = load_taps(taps, channel, channel < DIM, DIM, True)
     channel = channel[None, :]
     inside = channel < DIM
-    strips = tl.cdiv(H, strip)
-    start = tl.program_id(0) // blocks * each
-    for unit in range(start, tl.minimum(start + each, units)):
-        line = unit // strips * LINES + tl.arange(0, LINES)
-        first = unit % strips * strip
-        real = line < B * W
-        line = tl.minimum(line, B * W - 1)
-        image = line // W
-        column = line - image * W
-        if WIDE:
-            image = image.to(tl.int64)
-            first = first.to(tl.int64)
-        end = tl.minimum(first + strip, H)
-        used = (real & (column > 0) & (column < W - 1))[:, None] & inside
-        pixel = image * (H * W) + column
-        near_grad, near_C, exists = (), (), ()
-        for j in tl.static_range(7):
-            near = pixel + shift(j)
-            near_grad = near_grad + (near[:, None] * ROW_G + channel,)
-            near_C = near_C + (near * ROW_C,)
-            exists = exists + (real & (column + shift(j) >= 0) & (column + shift(j) < W),)
-        sums = (tl.zeros([LINES, CHANNELS], tl.float32),) * 10
-        for i in tl.static_range(5):
-            grads, scales = _load_row(grad, C, first - 5 + i, H, W, near_grad, near_C, exists, inside, ROW_G, ROW_C)
-            _, sums = gather(sums, weights, _products(grads, scales), -5, i - 5)
-        grads, scales = _load_row(grad, C, first, H, W, near_grad, near_C, exists, inside, ROW_G, ROW_C)
-        values = _products(grads, scales)
-        for row in range(first, end + 5):
-            grads, scales = _load_row(grad, C, row + 1, H, W, near_grad, near_C, exists, inside, ROW_G, ROW_C)
-            done, sums = gather(sums, weights, values, -5, 5)
-            at = row - 5
-            stored = (at >= first) & (at > 0) & (at < H - 1)
-            tl.store(grad_h + at * (W * ROW_GH) + pixel[:, None] * ROW_GH + channel,
-                     done.to(grad_h.dtype.element_ty), mask=used & stored)
-            values = _products(grads, scales)
+    places, C_places, exists = (), (), ()
+    for j in tl.static_range(7):
+        away = tl.where(column == 0, j, -j) if BORDER else shift(j)
+        here = (column + away >= 0) & (column + away < W)
+        near = pixel + tl.where(here, away, 0)
+        places = places + (near[:, None] * ROW_G + channel,)
+        C_places = C_places + (near * ROW_C,)
+        exists = exists + (here,)
+        if BORDER:
+            here = column == (W - 1 if j < 3 else 0)
+        if j != 3:
+            weights = keep_column(weights, j, here[:, None])
+
+    zero = tl.zeros([LINES, CHANNELS], tl.float32)
+    sums = (zero,) * 10
+    above = zero
+    below = zero
+    place = pixel[:, None] * ROW_GH + channel
+    used = used[:, None] & inside
+    grad_ahead = pixel[:, None] * ROW_G + spread(block, CHANNELS)
+    start = tl.maximum(first - 5, 0)
+    stop = tl.minimum(end + 5, H)
+    prefetch_first(grad, start, PREFETCHED - 1, H, W * ROW_G, grad_ahead, MASKED)
+    values = _products(_load_row(grad, C, start, W, places, C_places, exists, inside, ROW_G, ROW_C, MASKED, BORDER),
+                       BORDER)
+    for row in range(start, stop):
+        prefetch(grad, row, H, W * ROW_G, grad_ahead, MASKED)
+        ahead = _load_row(grad, C, tl.minimum(row + 1, H - 1), W, places, C_places, exists, inside, ROW_G, ROW_C,
+                          MASKED, BORDER)
+        if row < 5:  # its taps above the map were clamped to row 0
+            above = fold(above, weights, values, row, 2)
+            sums = put(sums, 1, sums[1] + tl.where(row == 4, above, 0.0))
+        if row >= H - 5:  # those below the map, to row H - 1
+            below = fold(below, weights, values, H - 1 - row, 0)
+        result, sums = gather(sums, weights, values, -5, 5)
+        tl.store(grad_h + (row - 5) * (W * ROW_GH) + place, result.to(grad_h.dtype.element_ty),
+                 mask=used & (row - 5 >= first))
+        values = _products(ahead, BORDER)
+    for i in tl.static_range(5):  # rows that wait for some below the map
+        row = stop - 5 + i
+        result = sums[i] + tl.where((row == 0) & (H < 5), above, 0.0)
+        if i == 4:
+            result += below
+        tl.store(grad_h + row * (W * ROW_GH) + place, result.to(grad_h.dtype.element_ty),
+                 mask=used & (row >= first) & (row < end))
 
 
 @triton.jit
-def _place(at, size, direction, distance, extra):
-    """Along one side of the map: which pixel gives to the border pixel ``at`` by a tap in ``direction``, and whether it
-    does. ``extra`` 0: the one that reads it; 1 and on: those that reach ``extra`` or more pixels beyond the border."""
-    regular = at - direction * distance
-    clamped = tl.where(direction < 0, extra - 1, size - extra)
-    beyond = (at == tl.where(direction < 0, 0, size - 1)) & (clamped >= 0) & (clamped < size)
-    place = tl.where(extra == 0, regular, clamped)
-    return place, tl.where(extra == 0, (regular >= 0) & (regular < size), beyond)
+def _add_shares(shares, grad_alpha, number):
+    """``grad_alpha`` from what every program that had gradients of the kernels knows of it: (number, 3)."""
+    k = tl.arange(0, 4)
+    total = tl.zeros([128, 4], tl.float32)
+    for first in range(0, number, 128):
+        place = first + tl.arange(0, 128)[:, None]
+        total += tl.load(shares + place * 3 + k[None, :], mask=(place < number) & (k < 3)[None, :], other=0.0)
+    tl.store(grad_alpha + k, tl.sum(total, axis=0).to(grad_alpha.dtype.element_ty), mask=k < 3)
 
 
-@triton.jit(do_not_specialize=['B', 'H', 'W'])
-def _border(grad, C, taps, grad_h, B, H, W, DIM: tl.constexpr, ROW_G: tl.constexpr, ROW_C: tl.constexpr,
-            ROW_GH: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
-    """The pixels of the border: first row, last row, then both ends of the rows between."""
-    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
-    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    in_d = channel < DIM
-    each = 2 * W + 2 * tl.maximum(H - 2, 0)
-    number = tl.program_id(0) // blocks * PIXELS + tl.arange(0, PIXELS)
-    image = number // each
-    number = number - image * each
-    side = number - 2 * W
-    row = tl.where(number < W, 0, tl.where(side < 0, H - 1, 1 + side // 2))
-    column = tl.where(number < W, number, tl.where(side < 0, number - W, tl.where(side % 2 == 0, 0, W - 1)))
-    used = (image < B) & ((number < W) | (H > 1)) & ((side < 0) | (side % 2 == 0) | (W > 1))
-    if WIDE:
-        image = image.to(tl.int64)
-    start = image * (H * W)
-    total = tl.zeros([PIXELS, CHANNELS], tl.float32)
-    for k in tl.static_range(3):
-        for tap in range(0, 9):
-            down = tap // 3 - 1
-            right = tap % 3 - 1
-            if tap != 4 or k == 0:
-                index = tl.where(tap == 4, 24, 8 * k + tap - tl.where(tap > 4, 1, 0))
-                w = tl.load(taps + index * DIM + channel, mask=in_d, other=0.0)[None, :]
-                for i in range(0, 1 + (2 * k + 1) * tl.abs(down)):
-                    r, from_row = _place(row, H, down, 2 * k + 1, i)
-                    for j in range(0, 1 + (2 * k + 1) * tl.abs(right)):
-                        c, from_column = _place(column, W, right, 2 * k + 1, j)
-                        here = used & from_row & from_column
-                        at = start + r * W + c
-                        scale = tl.load(C + at * ROW_C, mask=here, other=0.0).to(tl.float32)
-                        value = tl.load(grad + at[:, None] * ROW_G + channel[None, :],
-                                        mask=here[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-                        total += w * (scale[:, None] * value)
-    tl.store(grad_h + (start + row * W + column)[:, None] * ROW_GH + channel[None, :],
-             total.to(grad_h.dtype.element_ty), mask=used[:, None] & in_d[None, :])
+@triton.jit(do_not_specialize=['number', 'B', 'H', 'W', 'strip', 'border', 'dim', 'row_g', 'row_c', 'row_gh'])
+def _adjoint_kernel(grad, C, taps, grad_h, shares, grad_alpha, number, B, H, W, strip, border, dim, row_g, row_c,
+                    row_gh, UNIT: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, MASKED: tl.constexpr,
+                    WIDE: tl.constexpr):
+    """The first programs have the columns of the ``border``, the others those between. The very first also finishes
+    ``grad_alpha``, which would be a launch of its own otherwise."""
+    if tl.program_id(0) == 0:
+        _add_shares(shares, grad_alpha, number)
+    DIM = dim * UNIT
+    blocks = tl.cdiv(DIM, CHANNELS)
+    block = tl.program_id(0) % blocks
+    unit = tl.program_id(0) // blocks
+    if unit < border:
+        _strip(grad, C, taps, grad_h, unit, block, B, H, W, strip, DIM, row_g * UNIT, row_c, row_gh * UNIT, LINES,
+               CHANNELS, MASKED, WIDE, True)
+    else:
+        _strip(grad, C, taps, grad_h, unit - border, block, B, H, W, strip, DIM, row_g * UNIT, row_c, row_gh * UNIT,
+               LINES, CHANNELS, MASKED, WIDE, False)
 
 
-def adjoint(grad, C, taps, grad_h, row_g, row_c, wide):
-    """Fill ``grad_h`` (batch, H, W, N, D), dense, from ``grad`` and ``C``; ``taps`` as :func:`weights_of_taps` returns
-    them."""
+def adjoint(grad, C, taps, grad_h, shares, grad_alpha, row_g, row_c, wide):
+    """Fill ``grad_h`` (batch, H, W, N, D), dense, from ``grad`` and ``C``, ``taps`` as :func:`weights_of_taps` returns
+    them; and ``grad_alpha`` from its ``shares``."""
     batch, height, width, d_state, dim = grad_h.shape
+    unit = unit_of(dim, row_g)
     lines, channels = tile_for(dim, WARPS)
-    blocks, groups = cdiv(dim, channels), cdiv(batch * width, lines)
-    strip = strip_for(height, blocks * groups, 1024)
-    units = groups * cdiv(height, strip)
-    each = cdiv(units * blocks, 4096)
-    border = cdiv(batch * (2 * width + 2 * max(height - 2, 0)), _PIXELS) * cdiv(dim, _CHANNELS)
+    blocks, between = cdiv(dim, channels), cdiv(batch * max(width - 2, 0), lines)
+    border = cdiv(batch * 2, lines)
+    strip = strip_for(height, blocks * (border + between), 1024)
+    strips = cdiv(height, strip)
     for n in range(d_state):
-        tensors = grad, of_state(C, 3, n), taps, of_state(grad_h, 3, n), batch, height, width
-        if min(height, width) > 2:
-            launch(_interior, (blocks * cdiv(units, each), 1, 1), *tensors, strip, units, each, dim, row_g,
-                   row_c, d_state * dim, lines, channels, wide, num_warps=WARPS, maxnreg=REGISTERS)
-        launch(_border, (border, 1, 1), *tensors, dim, row_g, row_c, d_state * dim, _PIXELS, _CHANNELS, wide,
-               num_warps=4)
+        launch(_adjoint_kernel, (blocks * (border + between) * strips, 1, 1), grad, of_state(C, 3, n), taps,
+               of_state(grad_h, 3, n), shares, grad_alpha, shares.shape[0], batch, height, width, strip,
+               border * strips, dim // unit, row_g // unit, row_c, d_state * dim // unit, unit, lines, channels,
+               dim % channels > 0, wide, num_warps=WARPS, maxnreg=REGISTERS)

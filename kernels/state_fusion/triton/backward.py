@@ -3,10 +3,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import cdiv, launch
+from ..._core.triton_support import as_rows, cdiv, launch
 from .adjoint import adjoint
 from .stencil import (
-    TAPS,
+    PREFETCHED,
     correlate,
     gather,
     is_wide,
@@ -15,10 +15,11 @@ from .stencil import (
     near_column,
     of_state,
     prefetch,
-    rows_of,
+    prefetch_first,
     spread,
     strip_for,
     tile_for,
+    unit_of,
     weights_of_taps,
     widen,
     widen_columns,
@@ -29,8 +30,8 @@ SUMS_WARPS, SUMS_PROGRAMS = 4, 264
 
 
 @triton.jit
-def _load_entering(grad, C, x, row, end, W, pixel, channel, real, used, ROW_G: tl.constexpr, ROW_C: tl.constexpr,
-                   ROW_X: tl.constexpr, FIRST: tl.constexpr):
+def _load_entering(grad, C, x, row, end, W, pixel, channel, real, used, ROW_G, ROW_C, ROW_X,
+                   FIRST: tl.constexpr):
     """What a row of pixels brings along: gradient, ``C``, ``x``; zeros below the strip."""
     exists = row < end
     value = tl.load(grad + row * (W * ROW_G) + (pixel[:, None] * ROW_G + channel), mask=used & exists, other=0.0)
@@ -49,7 +50,7 @@ def _widen_entering(entering):
 
 
 @triton.jit
-def _enter(entering, grad_D, grad_x, skip, row, end, W, pixel, channel, used, DIM: tl.constexpr,
+def _enter(entering, grad_D, grad_x, skip, row, end, W, pixel, channel, used, DIM,
            FIRST: tl.constexpr):
     """Gradient of the fused states of a row. What depends on no other pixel is done with here."""
     value, scale, other = entering
@@ -67,15 +68,31 @@ def _leave(parts, value, fused, index):
     return tl.where(tl.arange(0, parts.shape[1])[None, :] == index, part, parts)
 
 
-@triton.jit(do_not_specialize=['B', 'H', 'W', 'strip', 'units', 'each'])
-def _sums_kernel(grad, h, C, x, taps, grad_x, grad_C, sums, B, H, W, strip, units, each, DIM: tl.constexpr,
-                 ROW_G: tl.constexpr, ROW_H: tl.constexpr, ROW_C: tl.constexpr, ROW_X: tl.constexpr,
-                 ROW_GC: tl.constexpr, FIRST: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr,
-                 WIDE: tl.constexpr):
-    """Of this state ``grad_C`` (its part from a block of channels), and this program's sums for taps and ``D``;
-    ``grad_x`` for the ``FIRST`` state. A strip has at most ``CHANNELS`` rows."""
-    MASKED: tl.constexpr = DIM % CHANNELS != 0
-    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+@triton.jit
+def _add(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, a16, a17, a18, a19, a20, a21, a22,
+         a23, a24, a25, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15, b16, b17,
+         b18, b19, b20, b21, b22, b23, b24, b25):
+    """26 pairs: sums that the warps exchange all at once."""
+    return (a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9, a10 + b10,
+            a11 + b11, a12 + b12, a13 + b13, a14 + b14, a15 + b15, a16 + b16, a17 + b17, a18 + b18, a19 + b19,
+            a20 + b20, a21 + b21, a22 + b22, a23 + b23, a24 + b24, a25 + b25)
+
+
+@triton.jit(do_not_specialize=['B', 'H', 'W', 'strip', 'units', 'each', 'entry', 'dim', 'row_g', 'row_h', 'row_c',
+                               'row_x', 'row_gc'])
+def _sums_kernel(grad, h, C, x, taps, grad_x, grad_C, B, H, W, strip, units, each, entry, dim, row_g, row_h, row_c,
+                 row_x, row_gc, UNIT: tl.constexpr, FIRST: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr,
+                 MASKED: tl.constexpr, WIDE: tl.constexpr):
+    """Of this state ``grad_C`` (its part from a block of channels), and this program's sums for taps and ``D``, which
+    go to where ``taps`` has those after ``entry``; ``grad_x`` for the ``FIRST`` state. A strip has at most
+    ``CHANNELS`` rows."""
+    DIM = dim * UNIT
+    ROW_G = row_g * UNIT
+    ROW_H = row_h * UNIT
+    ROW_C = row_c
+    ROW_X = row_x * UNIT
+    ROW_GC = row_gc
+    blocks = tl.cdiv(DIM, CHANNELS)
     block = tl.program_id(0) % blocks
     worker = tl.program_id(0) // blocks
     lane = tl.arange(0, CHANNELS)
@@ -109,6 +126,10 @@ def _sums_kernel(grad, h, C, x, taps, grad_x, grad_C, sums, B, H, W, strip, unit
         h_ahead = pixel[:, None] * ROW_H + spread(block, CHANNELS)
         grad_ahead = pixel[:, None] * ROW_G + spread(block, CHANNELS)
         x_ahead = pixel[:, None] * ROW_X + spread(block, CHANNELS)
+        prefetch_first(h, first, PREFETCHED - 1, H, stride, h_ahead, MASKED)
+        prefetch_first(grad, first, PREFETCHED + 4, H, W * ROW_G, grad_ahead, MASKED)
+        if FIRST:
+            prefetch_first(x, first, PREFETCHED + 4, H, W * ROW_X, x_ahead, MASKED)
 
         fused = (tl.zeros([LINES, CHANNELS], tl.float32),) * 10
         factors = (tl.zeros([LINES, CHANNELS], tl.float32),) * 10
@@ -161,55 +182,79 @@ def _sums_kernel(grad, h, C, x, taps, grad_x, grad_C, sums, B, H, W, strip, unit
         place = block * (B * H).to(pixel.dtype) * (W * ROW_GC) + (first + lane) * (W * ROW_GC)
         tl.store(grad_C + place + pixel[:, None] * ROW_GC, parts.to(grad_C.dtype.element_ty),
                  mask=real[:, None] & (first + lane < end))
-    sums += worker * (26 * DIM) + channel
-    for t in tl.static_range(25):
-        tl.store(sums + t * DIM, tl.sum(products[t], axis=0)[None, :], mask=inside)
-    tl.store(sums + 25 * DIM, tl.sum(grad_D, axis=0)[None, :], mask=inside)
+    # The first line of threads writes: in a layout of their own, every sum would be exchanged between warps once more.
+    line = tl.arange(0, LINES)[:, None]
+    sums = taps + (entry + worker) * (26 * DIM) + channel + 0 * line
+    totals = tl.reduce(products + (grad_D,), 0, _add)
+    for t in tl.static_range(26):
+        tl.store(sums + t * DIM, tl.broadcast_to(totals[t][None, :], sums.shape), mask=inside & (line == 0))
 
 
-@triton.jit(do_not_specialize=['workers'])
-def _finish_kernel(sums, kernel1, kernel3, kernel5, alpha, grad_kernel1, grad_kernel3, grad_kernel5, grad_D,
-                   grad_alpha, workers, DIM: tl.constexpr, WORKERS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of a tap and a block of channels: the sum over all pixels, from there to the kernels and a share of
-    ``grad_alpha``."""
-    t = tl.program_id(0) % 26
-    channel = tl.program_id(0) // 26 * CHANNELS + tl.arange(0, CHANNELS)
+@triton.jit
+def _finish_tap(taps, kernels, alpha, grad_kernels, grad_D, shares, program, workers, DIM, WORKERS: tl.constexpr,
+                CHANNELS: tl.constexpr):
+    """Of a tap and a block of channels: the sum over all pixels, of which the entries of ``taps`` after the first are
+    parts, from there to the kernels and a share of ``grad_alpha``."""
+    t = program % 26
+    channel = program // 26 * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < DIM
     total = tl.zeros([WORKERS, CHANNELS], tl.float32)
     for first in range(0, workers, WORKERS):
         worker = first + tl.arange(0, WORKERS)[:, None]
-        total += tl.load(sums + (worker * 26 + t) * DIM + channel[None, :],
+        total += tl.load(taps + ((1 + worker) * 26 + t) * DIM + channel[None, :],
                          mask=(worker < workers) & inside[None, :], other=0.0)
     total = tl.sum(total, axis=0)
     if t == 25:
         tl.store(grad_D + channel, total.to(grad_D.dtype.element_ty), mask=inside)
     for k in tl.static_range(3):
-        kernel = kernel1 if k == 0 else (kernel3 if k == 1 else kernel5)
-        grad_kernel = grad_kernel1 if k == 0 else (grad_kernel3 if k == 1 else grad_kernel5)
         share = 0.0
         if (t // 8 == k and t < 24) or t == 24:
             place = channel * 9 + tl.where(t == 24, 4, t % 8 + (t % 8 > 3))
-            share = tl.sum(tl.load(kernel + place, mask=inside, other=0.0).to(tl.float32) * total)
+            share = tl.sum(tl.load(kernels[k] + place, mask=inside, other=0.0).to(tl.float32) * total)
             scale = tl.load(alpha + k).to(tl.float32)
-            tl.store(grad_kernel + place, (scale * total).to(grad_kernel.dtype.element_ty), mask=inside)
-        tl.store(grad_alpha + tl.program_id(0) * 3 + k, share)
+            tl.store(grad_kernels[k] + place, (scale * total).to(grad_kernels[k].dtype.element_ty), mask=inside)
+        tl.store(shares + program * 3 + k, share)
+
+
+@triton.jit
+def _finish_C(parts, grad_C, program, blocks, places, PLACES: tl.constexpr):
+    """``grad_C`` from the ``blocks`` of channels."""
+    place = program * PLACES + tl.arange(0, PLACES)
+    inside = place < places
+    total = tl.zeros([PLACES], tl.float32)
+    for _ in range(blocks):
+        total += tl.load(parts + place, mask=inside, other=0.0)
+        parts += places
+    tl.store(grad_C + place, total.to(grad_C.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=['workers', 'dim', 'blocks', 'places'])
+def _finish_kernel(taps, kernel1, kernel3, kernel5, alpha, grad_kernel1, grad_kernel3, grad_kernel5, grad_D, shares,
+                   parts, grad_C, workers, dim, blocks, places, UNIT: tl.constexpr, WORKERS: tl.constexpr,
+                   CHANNELS: tl.constexpr, PLACES: tl.constexpr):
+    """The sums over programs. The first ones have a tap and some channels, the others some ``PLACES`` in ``grad_C``."""
+    DIM = dim * UNIT
+    first = 26 * tl.cdiv(DIM, CHANNELS)
+    if tl.program_id(0) < first:
+        _finish_tap(taps, (kernel1, kernel3, kernel5), alpha, (grad_kernel1, grad_kernel3, grad_kernel5), grad_D,
+                    shares, tl.program_id(0), workers, DIM, WORKERS, CHANNELS)
+    else:
+        _finish_C(parts, grad_C, tl.program_id(0) - first, blocks, places, PLACES)
 
 
 def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha):
-    """Gradients of the eight tensors, in the dtype of each; that of ``alpha`` and, if there are several blocks of
-    channels, of ``C`` in float32."""
+    """Gradients of the eight tensors, in the dtype of each."""
     batch, height, width, d_state, dim = h.shape
-    D, *kernels, alpha = (t.contiguous() for t in (D, kernel1, kernel3, kernel5, alpha))
+    D, *kernels, alpha = [t.contiguous() for t in (D, kernel1, kernel3, kernel5, alpha)]
     if x.numel() == 0:
         return [torch.zeros_like(t) for t in (h, C, x, D, *kernels, alpha)]
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    grad_h, grad_C, grad_x, grad_D, *grad_kernels = (empty(*t.shape, dtype=t.dtype) for t in (h, C, x, D, *kernels))
-    taps = weights_of_taps(D, kernels, alpha)
-    (h, C, x, grad), (row_h, row_c, row_x, row_g) = rows_of(h, C, x, grad)
-    wide = is_wide((h, C, x, grad), (row_h, row_c, row_x, row_g))
+    grad_h, grad_C, grad_x = h.new_empty(h.shape), C.new_empty(C.shape), x.new_empty(x.shape)
+    grad_D, *grad_kernels, grad_alpha = [torch.empty_like(t) for t in (D, *kernels, alpha)]
+    (h, row_h), (C, row_c), (x, row_x), (grad, row_g) = as_rows(h, 4), as_rows(C, 3), as_rows(x, 3), as_rows(grad, 3)
+    row_h *= d_state
+    pixels = batch * height * width
+    wide = is_wide(pixels, d_state * dim, row_h, row_c, row_x, row_g)
+    unit = unit_of(dim, row_h, row_x, row_g)
 
     lines, channels = tile_for(dim, SUMS_WARPS)
     blocks, groups = cdiv(dim, channels), cdiv(batch * width, lines)
@@ -217,19 +262,18 @@ def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha):
     units = groups * cdiv(height, strip)
     each = cdiv(units * blocks, SUMS_PROGRAMS)
     workers = cdiv(units, each)
-    sums = empty(d_state, workers, TAPS, dim)
-    parts = grad_C[None] if blocks == 1 else empty(blocks, *C.shape)
+    taps = weights_of_taps(D, kernels, alpha, 1 + d_state * workers)
+    parts = grad_C if blocks == 1 else taps.new_empty((blocks, *C.shape))
     for n in range(d_state):
-        launch(
-            _sums_kernel, (blocks * workers, 1, 1), grad, of_state(h, 3, n), of_state(C, 3, n), x, taps, grad_x,
-            of_state(parts, 4, n),
-            of_state(sums, 0, n), batch, height, width, strip, units, each, dim, row_g, d_state * row_h, row_c,
-            row_x, d_state, n == 0, lines, channels, wide, num_warps=SUMS_WARPS)
+        launch(_sums_kernel, (blocks * workers, 1, 1), grad, of_state(h, 3, n), of_state(C, 3, n), x, taps, grad_x,
+               of_state(parts, -1, n), batch, height, width, strip, units, each, 1 + n * workers, dim // unit,
+               row_g // unit, row_h // unit, row_c, row_x // unit, d_state, unit, n == 0, lines, channels,
+               dim % channels > 0, wide, num_warps=SUMS_WARPS)
 
-    adjoint(grad, C, taps, grad_h, row_g, row_c, wide)
-
-    shares = empty(TAPS * cdiv(dim, 64), 3)
-    launch(
-        _finish_kernel, (shares.shape[0], 1, 1), sums, *kernels, alpha, *grad_kernels, grad_D, shares,
-        d_state * workers, dim, 32, 64, num_warps=4)
-    return grad_h, grad_C if parts.shape[0] == 1 else parts.sum(0), grad_x, grad_D, *grad_kernels, shares.sum(0)
+    tap_programs, places = 26 * cdiv(dim, 64), pixels * d_state
+    shares = taps.new_empty((tap_programs, 3))
+    launch(_finish_kernel, (tap_programs + (cdiv(places, 1024) if blocks > 1 else 0), 1, 1), taps, *kernels, alpha,
+           *grad_kernels, grad_D, shares, parts, grad_C, d_state * workers, dim // unit, blocks, places, unit, 32,
+           64, 1024, num_warps=4)
+    adjoint(grad, C, taps, grad_h, shares, grad_alpha, row_g, row_c, wide)
+    return grad_h, grad_C, grad_x, grad_D, *grad_kernels, grad_alpha

@@ -3,8 +3,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import cdiv, launch
+from ..._core.triton_support import as_rows, cdiv, launch
 from .stencil import (
+    PREFETCHED,
     gather,
     is_wide,
     load_columns,
@@ -12,10 +13,11 @@ from .stencil import (
     near_column,
     of_state,
     prefetch,
-    rows_of,
+    prefetch_first,
     spread,
     strip_for,
     tile_for,
+    unit_of,
     weights_of_taps,
     widen,
     widen_columns,
@@ -25,7 +27,7 @@ WARPS, REGISTERS = 8, 128
 
 
 @triton.jit
-def _load_row(C, x, row, first, end, W, pixel, channel, used, ROW_C: tl.constexpr, ROW_X: tl.constexpr):
+def _load_row(C, x, row, first, end, W, pixel, channel, used, ROW_C, ROW_X):
     """What it takes to finish a row besides its sum. Rows outside of the strip are finished, too, but not stored."""
     row = tl.minimum(tl.maximum(row, first), end - 1)
     scale = tl.load(C + row * (W * ROW_C) + pixel * ROW_C)
@@ -40,18 +42,21 @@ def _widen_row(scale, other):
 
 
 @triton.jit
-def _store_row(y, value, row, first, W, pixel, channel, used, DIM: tl.constexpr):
+def _store_row(y, value, row, first, W, pixel, channel, used, DIM):
     place = row * (W * DIM) + (pixel[:, None] * DIM + channel)
     tl.store(y + place, value.to(y.dtype.element_ty), mask=used & (row >= first))
 
 
-@triton.jit(do_not_specialize=['B', 'H', 'W', 'strip', 'units', 'each'])
-def _forward_kernel(h, C, x, taps, y, B, H, W, strip, units, each, DIM: tl.constexpr, ROW_H: tl.constexpr,
-                    ROW_C: tl.constexpr, ROW_X: tl.constexpr, SKIP: tl.constexpr, LINES: tl.constexpr,
-                    CHANNELS: tl.constexpr, WIDE: tl.constexpr):
-    """``y = C * fused + D * x``, or ``+ x`` without ``SKIP``."""
-    MASKED: tl.constexpr = DIM % CHANNELS != 0
-    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+@triton.jit(do_not_specialize=['B', 'H', 'W', 'strip', 'units', 'each', 'dim', 'row_h', 'row_c', 'row_x'])
+def _forward_kernel(h, C, x, taps, y, B, H, W, strip, units, each, dim, row_h, row_c, row_x, UNIT: tl.constexpr,
+                    SKIP: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, MASKED: tl.constexpr,
+                    WIDE: tl.constexpr):
+    """``y = C * fused + D * x``, or ``+ x`` without ``SKIP``. Numbers of channels, ``row_c`` apart, are in units."""
+    DIM = dim * UNIT
+    ROW_H = row_h * UNIT
+    ROW_C = row_c
+    ROW_X = row_x * UNIT
+    blocks = tl.cdiv(DIM, CHANNELS)
     block = tl.program_id(0) % blocks
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     weights = load_taps(taps, channel, channel < DIM, DIM, False)
@@ -79,6 +84,7 @@ def _forward_kernel(h, C, x, taps, y, B, H, W, strip, units, each, DIM: tl.const
         stride = W * ROW_H
         h_ahead = pixel[:, None] * ROW_H + spread(block, CHANNELS)
         x_ahead = pixel[:, None] * ROW_X + spread(block, CHANNELS)
+        prefetch_first(h, first, PREFETCHED - 1, H, stride, h_ahead, MASKED)
 
         sums = (tl.zeros([LINES, CHANNELS], tl.float32),) * 10
         for i in tl.static_range(5):
@@ -110,9 +116,12 @@ def forward(h, C, x, D, kernel1, kernel3, kernel5, alpha):
     batch, height, width, d_state, dim = h.shape
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    taps = weights_of_taps(D, (kernel1, kernel3, kernel5), alpha)
-    (h, C, x), (row_h, row_c, row_x) = rows_of(h, C, x)
-    wide = is_wide((h, C, x), (row_h, row_c, row_x))
+    D, *kernels, alpha = [t.contiguous() for t in (D, kernel1, kernel3, kernel5, alpha)]
+    taps = weights_of_taps(D, kernels, alpha)
+    (h, row_h), (C, row_c), (x, row_x) = as_rows(h, 4), as_rows(C, 3), as_rows(x, 3)
+    row_h *= d_state
+    wide = is_wide(batch * height * width, d_state * dim, row_h, row_c, row_x)
+    unit = unit_of(dim, row_h, row_x)
     lines, channels = tile_for(dim, WARPS)
     blocks, groups = cdiv(dim, channels), cdiv(batch * width, lines)
     strip = strip_for(height, blocks * groups, 1024)
@@ -121,8 +130,8 @@ def forward(h, C, x, D, kernel1, kernel3, kernel5, alpha):
     y, dtype = x, x.dtype
     for n in range(d_state):  # each state adds to what those before it have come to
         x, row_x = y, dim if n else row_x
-        y = torch.empty(x.shape, dtype=dtype if n == d_state - 1 else torch.float32, device=x.device)
+        y = x.new_empty(x.shape, dtype=dtype if n == d_state - 1 else torch.float32)
         launch(_forward_kernel, (blocks * cdiv(units, each), 1, 1), of_state(h, 3, n), of_state(C, 3, n), x, taps,
-               y, batch, height, width, strip, units, each, dim, d_state * row_h, row_c, row_x, n == 0, lines, channels,
-               wide, num_warps=WARPS, maxnreg=REGISTERS)
+               y, batch, height, width, strip, units, each, dim // unit, row_h // unit, row_c, row_x // unit, unit,
+               n == 0, lines, channels, dim % channels > 0, wide, num_warps=WARPS, maxnreg=REGISTERS)
     return y

@@ -7,21 +7,17 @@ finished and another started. Nothing is read twice for being part of several ro
 The taps have an order of their own: those of dilation 2 k + 1 are 8 k to 8 k + 7, row by row without the centre; 24
 is the centre, common to all dilations; 25 is not a tap but the skip weight ``D``.
 """
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2
+from ..._core.triton_support import INTERPRETED, cdiv, launch, next_power_of_2
 
 TAPS = 26
 PREFETCHED = tl.constexpr(4)  #: rows; 0 for none
 _INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-def rows_of(h, C, *maps):
-    """The tensors, their rows of channels evenly spaced, and the distances from one row to the next."""
-    pairs = [as_rows(h, 4), as_rows(C, 3), *(as_rows(t, 3) for t in maps)]
-    return [t for t, _ in pairs], [row for _, row in pairs]
 
 
 def of_state(tensor, dim, n):
@@ -29,10 +25,15 @@ def of_state(tensor, dim, n):
     return tensor.select(dim, n) if n else tensor
 
 
-def is_wide(tensors, rows):
-    """Whether places in tensors of such rows, or in dense ones of their shape, need 64 bits."""
-    return any(t.numel() // t.shape[-1] * max(row, t.shape[-1]) >= 2**31
-               for t, row in zip(tensors, rows, strict=True))
+def is_wide(pixels, *rows):
+    """Whether places in tensors with so many pixels, so far apart, need 64 bits."""
+    return pixels * max(rows) >= 2**31
+
+
+def unit_of(*sizes):
+    """What the kernels count sizes in. They are runtime arguments, so that one compiled kernel serves all widths of a
+    network; multiplied by a constant unit they remain known to be aligned."""
+    return gcd(16, *sizes)
 
 
 def tile_for(dim, num_warps):
@@ -49,10 +50,10 @@ def strip_for(height, tiles, programs, longest=2**31):
     return cdiv(height, strips)
 
 
-@triton.jit
-def _taps_kernel(kernel1, kernel3, kernel5, alpha, D, taps, DIM: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=['dim'])
+def _taps_kernel(kernel1, kernel3, kernel5, alpha, D, taps, dim, BLOCK: tl.constexpr):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = channel < DIM
+    mask = channel < dim
     centre = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(3):
         kernel = kernel1 if k == 0 else (kernel3 if k == 1 else kernel5)
@@ -62,15 +63,16 @@ def _taps_kernel(kernel1, kernel3, kernel5, alpha, D, taps, DIM: tl.constexpr, B
             if i == 4:
                 centre += value
             else:
-                tl.store(taps + (8 * k + i - (i > 4)) * DIM + channel, value, mask=mask)
-    tl.store(taps + 24 * DIM + channel, centre, mask=mask)
-    tl.store(taps + 25 * DIM + channel, tl.load(D + channel, mask=mask).to(tl.float32), mask=mask)
+                tl.store(taps + (8 * k + i - (i > 4)) * dim + channel, value, mask=mask)
+    tl.store(taps + 24 * dim + channel, centre, mask=mask)
+    tl.store(taps + 25 * dim + channel, tl.load(D + channel, mask=mask).to(tl.float32), mask=mask)
 
 
-def weights_of_taps(D, kernels, alpha):
-    """``alpha`` times ``kernels``, and ``D``: (26, D) in float32."""
-    dim, (D, *kernels, alpha) = D.shape[0], (t.contiguous() for t in (D, *kernels, alpha))
-    taps = D.new_empty((TAPS, dim), dtype=torch.float32)
+def weights_of_taps(D, kernels, alpha, entries=1):
+    """``alpha`` times ``kernels``, and ``D``, all dense: (26, D) in float32. It is the first of ``entries`` of that
+    shape, the others are left to be filled."""
+    dim = D.shape[0]
+    taps = D.new_empty((entries, TAPS, dim), dtype=torch.float32)
     launch(_taps_kernel, (cdiv(dim, 32), 1, 1), *kernels, alpha, D, taps, dim, 32, num_warps=1)
     return taps
 
@@ -100,7 +102,7 @@ def put(values, i: tl.constexpr, value):
 
 
 @triton.jit
-def load_taps(taps, channel, mask, DIM: tl.constexpr, FLIP: tl.constexpr):
+def load_taps(taps, channel, mask, DIM, FLIP: tl.constexpr):
     """The 25 weights of the channels, those of the adjoint (the stencil turned by 180 degrees) for ``FLIP``."""
     weights = ()
     for i in tl.static_range(25):
@@ -109,6 +111,22 @@ def load_taps(taps, channel, mask, DIM: tl.constexpr, FLIP: tl.constexpr):
         else:
             place = taps + i * DIM
         weights = weights + (tl.load(place + channel, mask=mask, other=0.0)[None, :],)
+    return weights
+
+
+@triton.constexpr_function
+def _column(i):
+    """Which of the seven columns tap ``i`` reads."""
+    place = i % 8 + (i % 8 > 3)
+    return 3 if i == 24 else 3 + (place % 3 - 1) * (i // 8 + 1)
+
+
+@triton.jit
+def keep_column(weights, j: tl.constexpr, where):
+    """The weights, those of the taps that read the ``j``-th column 0 except ``where``."""
+    for i in tl.static_range(24):
+        if _column(i) == j:
+            weights = put(weights, i, tl.where(where, weights[i], 0.0))
     return weights
 
 
@@ -146,6 +164,13 @@ def prefetch(base, row, H, stride, places, MASKED: tl.constexpr):
         address = base + tl.minimum(row + PREFETCHED, H - 1) * stride + places
         tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.b32 $0, 0;', '=r,l', [address.to(tl.int64)],
                                   tl.int32, False, 1)
+
+
+@triton.jit
+def prefetch_first(base, row, ROWS: tl.constexpr, H, stride, places, MASKED: tl.constexpr):
+    """The same for the rows after the first ``row``, which :func:`prefetch` leaves out: on small maps they are most."""
+    for i in tl.static_range(ROWS):
+        prefetch(base, row + i + 1 - PREFETCHED, H, stride, places, MASKED)
 
 
 @triton.jit
@@ -209,3 +234,16 @@ def correlate(sums, factors, values, LOWEST: tl.constexpr, HIGHEST: tl.constexpr
                                sums[_tap(_dilation(5 - j), 2 if j < 5 else 0, q)]
                                + factors[j] * values[3 + (q - 1) * (_dilation(5 - j) + 1)])
     return sums
+
+
+@triton.jit
+def fold(total, weights, values, distance, P: tl.constexpr):
+    """Add the seven ``values`` of a row times the weights of the taps in row ``P`` of three, 0 or 2, of the dilations
+    above ``distance``, which is less than 5. By ``fma``, lest the compiler has :func:`gather` take products from here
+    and add them by instructions of their own."""
+    for k in tl.static_range(3):
+        more = total
+        for q in tl.static_range(3):
+            more = tl.fma(weights[_tap(k, P, q)], values[3 + (q - 1) * (k + 1)], more)
+        total = more if k == 2 else tl.where(distance < 2 * k + 1, more, total)
+    return total
