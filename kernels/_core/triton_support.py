@@ -1,9 +1,12 @@
 """What the Triton backends share outside their kernels: when they can run, and how tensors reach them."""
+import contextlib
 import functools
 import importlib.util
 import operator
 import os
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -92,7 +95,8 @@ def _signature(kernel):
     places = [i for i, p in enumerate(kernel.params) if not p.is_constexpr]
     numbers = [i for i in places if kernel.params[i].do_not_specialize]
     constants = [i for i, p in enumerate(kernel.params) if p.is_constexpr]
-    return [i for i in places if i not in numbers], numbers, operator.itemgetter(*constants)
+    _signatures[id(kernel)] = [i for i in places if i not in numbers], numbers, operator.itemgetter(*constants)
+    return _signatures[id(kernel)]
 
 
 @functools.cache
@@ -111,13 +115,13 @@ def launch(kernel, grid, *args, **options):
     by the constants, and by precision and alignment of the tensors, and started with bare addresses. A kernel must
     list its runtime integers in ``do_not_specialize``. ``grid`` has three numbers, ``args`` are all arguments in their
     order."""
+    if _local.collected is not None:
+        _local.collected.append((kernel, grid, args, options))
+        return
     if INTERPRETED:
         kernel[grid](*args, **options)
         return
-    signature = _signatures.get(id(kernel))
-    if signature is None:
-        signature = _signatures[id(kernel)] = _signature(kernel)
-    tensors, numbers, constants = signature
+    tensors, numbers, constants = _signatures.get(id(kernel)) or _signature(kernel)
     device = args[tensors[0]].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
@@ -148,3 +152,43 @@ def launch(kernel, grid, *args, **options):
         compiled[grid](*args)
     else:
         run(*grid, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None, *values)
+
+
+class _Local(threading.local):
+    collected = None
+
+
+_local = _Local()
+
+
+@contextlib.contextmanager
+def collect_launches():
+    """In this thread :func:`launch` only notes what it is called with, in the list that this yields. For passes over
+    tensors on the device ``meta``, which have shapes and no memory."""
+    _local.collected = collected = []
+    try:
+        yield collected
+    finally:
+        _local.collected = None
+
+
+def compile_launches(launches, device):
+    """Compile for GPU ``device`` what launches that were collected need, side by side: one kernel takes seconds, and a
+    model has dozens. Those compiled before cost nothing."""
+    different = {}
+    for kernel, grid, args, options in launches:
+        _, numbers, constants = _signatures.get(id(kernel)) or _signature(kernel)
+        tensors = tuple((a.dtype, a.data_ptr() % 16) for a in args if isinstance(a, torch.Tensor))
+        absent = tuple(a is None for a in args)
+        large = tuple(args[i] >> 31 for i in numbers)
+        key = id(kernel), constants(args), tensors, absent, large, tuple(options.values())
+        different[key] = kernel, grid, args, options
+
+    def compile_one(kernel, grid, args, options):
+        with torch.cuda.device(device):
+            kernel.warmup(*args, grid=grid, **options)
+
+    with ThreadPoolExecutor(os.process_cpu_count() if hasattr(os, 'process_cpu_count') else os.cpu_count()) as pool:
+        for done in [pool.submit(compile_one, *launch) for launch in different.values()]:
+            done.result()
+    return len(different)

@@ -1,11 +1,16 @@
 """A block of Spatial-Mamba as one autograd function does what its modules do one by one."""
+import importlib
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvssm.kernels import use_backend
+from mmvssm.kernels._core import triton_support
 from mmvssm.kernels.norm_gate.dispatch import BACKENDS
+from mmvssm.models.backbones import SpatialMamba
 from mmvssm.models.backbones import spatial_mamba_block as fused
 from mmvssm.models.backbones.spatial_mamba import Block
 
@@ -167,6 +172,64 @@ class Seen(nn.Module):
     def forward(self, *args, **kwargs):
         self.seen.append(1)
         return self.module(*args, **kwargs)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches of kernels that ran: kernel, grid, constants, and the dtypes of tensors."""
+    for room in fused._rooms():
+        importlib.import_module(room.__name__)
+    seen, launch = [], triton_support.launch
+
+    def spy(kernel, grid, *args, **options):
+        if triton_support._local.collected is None:
+            seen.append((kernel, grid, args, options))
+        launch(kernel, grid, *args, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith('mmvssm.kernels.') and getattr(module, 'launch', None) is launch:
+            monkeypatch.setattr(module, 'launch', spy)
+    return seen
+
+
+def small(drop_path=0.5):
+    torch.manual_seed(0)
+    return SpatialMamba(dict(embed_dims=16, depths=(3, 1, 1, 1)), drop_path_rate=drop_path).to(DEVICE).train()
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_launches_are_known_beforehand(launches, training):
+    model = small().train(training)
+    images = torch.randn(1, 3, 40, 36, device=DEVICE)
+    with torch.set_grad_enabled(training):
+        x = model.patch_embed(images).permute(0, 2, 3, 1)
+        expected = fused.launches_of(model.layers, x, training)
+        assert not launches
+        loss = sum(output.mean() for output in model(images))
+    if training:
+        loss.backward()
+
+    def essence(launch):
+        kernel, grid, args, options = launch
+        return (id(kernel), tuple(grid), tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in args),
+                tuple(options.items()))
+
+    assert set(map(essence, launches)) == set(map(essence, expected))
+
+
+@pytest.mark.skipif(DEVICE == 'cpu', reason='there is no CUDA device, and nothing to compile')
+def test_all_is_compiled_before_the_first_pass():
+    from triton import knobs
+    model, compiled = small(), []
+    images = torch.randn(2, 3, 96, 64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        fused.compile_kernels(model.layers, model.patch_embed(images).permute(0, 2, 3, 1))
+        before, knobs.compilation.listener = knobs.compilation.listener, lambda **kwargs: compiled.append(kwargs['src'])
+        try:
+            sum(output.mean() for output in model(images)).backward()
+        finally:
+            knobs.compilation.listener = before
+    assert not [source.name for source in compiled]
 
 
 def test_other_backends_run_modules(runs):

@@ -210,6 +210,8 @@ class SpatialMamba(VisionSSM):
         self.train()
 
     def run_blocks(self, blocks, x):
+        if blocks is self.layers[0].blocks and not torch.compiler.is_compiling():
+            fused.compile_kernels(self.layers, x)
         branch = scale = None
         for block in blocks:
             x, branch, scale = self.run(block, x, branch, scale)

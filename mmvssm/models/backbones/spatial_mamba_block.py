@@ -11,6 +11,7 @@ import weakref
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
@@ -18,8 +19,7 @@ from torch.nn.modules import module as nn_module
 from mmvssm.kernels._core.backends import requested_backend
 from mmvssm.kernels._core.eager import is_plain
 from mmvssm.kernels._core.precision import without_autocast
-from mmvssm.kernels._core.triton_support import why_not_triton
-from mmvssm.kernels.gelu_backward import column_sums, gelu_backward
+from mmvssm.kernels._core.triton_support import INTERPRETED, collect_launches, compile_launches, why_not_triton
 from mmvssm.kernels.selective_scan.ops import CHUNK
 
 from ..layers.depthwise import DepthwiseConv
@@ -33,11 +33,12 @@ _WIDE_PRODUCTS = 'dtype' in torch.ops.aten.mm.overloads()
 def _rooms():
     """The kernels, which need Triton."""
     from mmvssm.kernels.depthwise_conv import triton as conv
+    from mmvssm.kernels.gelu_backward import triton as gelu
     from mmvssm.kernels.norm_gate import triton as gate
     from mmvssm.kernels.residual_conv_norm import triton as residual
     from mmvssm.kernels.selective_scan import triton as scan
     from mmvssm.kernels.state_fusion import triton as fusion
-    return residual, conv, scan, fusion, gate
+    return residual, conv, scan, fusion, gate, gelu
 
 
 #: Names of modules and of parameters by where they are found; the order of the parameters is that of :func:`run`.
@@ -130,7 +131,7 @@ def _product(a, b, dtype):
 
 def _forward(x, branch, scale, scale2, eps, parameters, dtype, kept):
     """The block's results. What its backward pass needs is appended to ``kept``, unless that is None."""
-    residual, conv, scan, fusion, gate = _rooms()
+    residual, conv, scan, fusion, gate, _ = _rooms()
     (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
      cpe2_w, cpe2_b, ln2_w, ln2_b, *_) = parameters
     in_w, x_w, out_w, fc1_w, fc1_b, fc2_w, fc2_b = _cast(parameters, dtype)
@@ -189,7 +190,7 @@ class _Block(torch.autograd.Function):
 @without_autocast
 def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, xz, u, p, A, h, states, y, g, o, n2, a,
               in_w, x_w, out_w, fc1_w, fc2_w, *parameters):
-    residual, conv, scan, fusion, gate = _rooms()
+    residual, conv, scan, fusion, gate, gelu = _rooms()
     (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
      cpe2_w, cpe2_b, ln2_w, ln2_b, *_) = parameters
     batch, height, width, dim = x.shape
@@ -204,8 +205,8 @@ def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, 
 
     grad_out = grad_out.reshape(rows, dim)
     if needed[FC2_BIAS]:
-        grads[FC2_BIAS] = column_sums(grad_out)
-    grad_a, m, grads[FC1_BIAS] = gelu_backward(torch.mm(grad_out, fc2_w), a)
+        grads[FC2_BIAS] = gelu.column_sums(grad_out)
+    grad_a, m, grads[FC1_BIAS] = gelu.gelu_backward(torch.mm(grad_out, fc2_w), a)
     of_weight(FC2, grad_out, m)
     del m
     of_weight(FC1, grad_a, n2)
@@ -247,13 +248,69 @@ def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, 
         for grad, p in zip(grads, parameters, strict=True))
 
 
+def _precision(x):
+    """That of matrix products."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _epsilons(block):
+    own = block._modules
+    return own['ln_1'].eps, own['self_attention']._modules['out_norm'].eps, own['ln_2'].eps
+
+
 def run(block, x, branch, scale, scale2, parameters):
     """The result of ``block`` and the branch that is yet to be added to it; ``scale2`` is the stochastic depth of the
     mixer's branch."""
-    own = block._modules
-    eps = own['ln_1'].eps, own['self_attention']._modules['out_norm'].eps, own['ln_2'].eps
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    eps, dtype = _epsilons(block), _precision(x)
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
         return _Block.apply(x, branch, scale, scale2, eps, dtype, *parameters)
     return _forward(x, branch, scale, scale2, eps, parameters, dtype, None)
+
+
+_compiled = weakref.WeakKeyDictionary()
+
+
+def compile_kernels(stages, x):
+    """Compile the kernels of all ``stages`` side by side, before the first pass; one after the other, as they are
+    needed, would take minutes. ``x`` is the input of the first stage."""
+    if INTERPRETED:
+        return
+    done = _compiled.setdefault(stages, set())
+    case = x.device, x.dtype, _precision(x), torch.is_grad_enabled(), stages.training
+    if case not in done and parameters_of(stages[0].blocks[0], x, None, None):
+        done.add(case)
+        launches = launches_of(stages, x, torch.is_grad_enabled())
+        print_log('SpatialMamba: the GPU kernels are compiled, or read from where Triton keeps them, before the first '
+                  'pass', logger='current')
+        compile_launches(launches, x.device)
+
+
+@torch.no_grad()
+def launches_of(stages, x, backward):
+    """The kernel launches of a pass over ``x``, and of its ``backward`` pass; equal blocks of a stage are left out."""
+    dtype, (batch, height, width, _) = _precision(x), x.shape
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device='meta')
+
+    with collect_launches() as launches:
+        for stage in stages:
+            seen, dropped = set(), False
+            for i, block in enumerate(stage.blocks):
+                drops = block.drop_path.training and block.drop_path.drop_prob > 0
+                case, dropped = (i > 0, dropped, drops), drops
+                structure = _Structure(block, _modules_of(block))
+                if case in seen or not structure.standard:
+                    continue
+                seen.add(case)
+                parameters = [torch.empty_like(p, device='meta') for p in structure.parameters()]
+                shape, factor = (batch, height, width, parameters[0].shape[0]), meta(batch, dtype=torch.float32)
+                args = (meta(*shape, dtype=x.dtype), meta(*shape) if case[0] else None, factor if case[1] else None,
+                        factor if drops else None)
+                kept = []
+                y, out = _forward(*args, _epsilons(block), parameters, dtype, kept)
+                if backward:
+                    _backward.__wrapped__(y, out, _epsilons(block), [True] * len(parameters), *args, *kept, *parameters)
+            height, width = -(-height // 2), -(-width // 2)
+    return launches
