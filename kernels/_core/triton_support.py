@@ -110,6 +110,18 @@ def _is_watched(hook):
     return hook is not None and getattr(hook, 'calls', True)
 
 
+def _starter(compiled):
+    """What starts a compiled kernel, and what it wants between the stream and the arguments: no hooks, no metadata."""
+    run, function = compiled.run, compiled.function
+    first = function, compiled.packed_metadata, None, None, None
+    import triton
+    if triton.__version__.startswith('3.6.') and type(run).__name__ == 'CudaLauncher' \
+            and not run.global_scratch_size and not run.profile_scratch_size:
+        # What it does itself where the kernel needs no memory, a function of C.
+        return run.launch, (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *first[1:])
+    return run, first
+
+
 def launch(kernel, grid, *args, **options):
     """``kernel[grid](*args, **options)`` in a fraction of the processor time: a kernel compiled before is looked up
     by the constants, and by precision and alignment of the tensors, and started with bare addresses. A kernel must
@@ -139,19 +151,20 @@ def launch(kernel, grid, *args, **options):
     for i in numbers:
         largest |= values[i]
     if addresses & 15 or largest >> 31:  # seldom: which of them are not aligned, or need 64 bits
-        key += [values[i] and values[i] % 16 for i in tensors] + [values[i] >> 31 for i in numbers]
+        key += [values[i] is not None and values[i] & 15 > 0 for i in tensors]
+        key += [values[i] >> 31 > 0 for i in numbers]
     key = (*key, *options.values())
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **options)
-        _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        _compiled[key] = compiled, *_starter(compiled)
         return
-    compiled, run, function, metadata = found
+    compiled, start, first = found
     runtime = _runtime()
     if _is_watched(runtime.launch_enter_hook) or _is_watched(runtime.launch_exit_hook):
         compiled[grid](*args)
     else:
-        run(*grid, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None, *values)
+        start(*grid, torch._C._cuda_getCurrentRawStream(device), *first, *values)
 
 
 class _Local(threading.local):
@@ -177,18 +190,19 @@ def compile_launches(launches, device):
     model has dozens. Those compiled before cost nothing."""
     different = {}
     for kernel, grid, args, options in launches:
-        _, numbers, constants = _signatures.get(id(kernel)) or _signature(kernel)
-        tensors = tuple((a.dtype, a.data_ptr() % 16) for a in args if isinstance(a, torch.Tensor))
-        absent = tuple(a is None for a in args)
-        large = tuple(args[i] >> 31 for i in numbers)
-        key = id(kernel), constants(args), tensors, absent, large, tuple(options.values())
-        different[key] = kernel, grid, args, options
+        tensors, numbers, constants = _signatures.get(id(kernel)) or _signature(kernel)
+        tensors = tuple(a is not None and (a.dtype, a.data_ptr() & 15 > 0) for a in map(args.__getitem__, tensors))
+        large = tuple(args[i] >> 31 > 0 for i in numbers)
+        different[id(kernel), constants(args), tensors, large, tuple(options.values())] = kernel, grid, args, options
+
+    with torch.cuda.device(device):
+        for kernel in {id(kernel): kernel for kernel, *_ in launches}.values():
+            kernel.device_caches[device.index]  # else made by each thread that is among the first to ask for it
 
     def compile_one(kernel, grid, args, options):
         with torch.cuda.device(device):
-            kernel.warmup(*args, grid=grid, **options)
+            kernel.warmup(*args, grid=grid, **options).run  # noqa: B018 (what starts the kernel is compiled, too)
 
-    with ThreadPoolExecutor(os.process_cpu_count() if hasattr(os, 'process_cpu_count') else os.cpu_count()) as pool:
-        for done in [pool.submit(compile_one, *launch) for launch in different.values()]:
-            done.result()
-    return len(different)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for launch_ in different.values():
+            pool.submit(compile_one, *launch_)  # what cannot be compiled says so when it is launched

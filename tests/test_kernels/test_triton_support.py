@@ -7,7 +7,14 @@ import torch
 
 from mmvssm.kernels import BackendError, norm_gate, use_backend
 from mmvssm.kernels._core import triton_support
-from mmvssm.kernels._core.triton_support import as_rows, cdiv, next_power_of_2, why_not_triton
+from mmvssm.kernels._core.triton_support import (
+    as_rows,
+    cdiv,
+    collect_launches,
+    launch,
+    next_power_of_2,
+    why_not_triton,
+)
 
 
 def on_gpu(dtype=torch.bfloat16):
@@ -94,3 +101,90 @@ def test_as_rows(tensor, dims, row, copied):
 def test_sizes(n, power):
     assert next_power_of_2(n) == power
     assert cdiv(n, 64) == -(-n // 64)
+
+
+class Compiled:
+    """What a fake kernel compiles to; it notes how it is started."""
+    function, packed_metadata = 'function', 'metadata'
+
+    def __init__(self):
+        self.started = []
+
+    def run(self, *args):
+        self.started.append(args)
+
+    def __getitem__(self, grid):
+        return lambda *args: self.started.append((*grid, *args))
+
+
+class Kernel:
+    """A kernel with two tensors, of which one may be absent, an integer and a constant."""
+    params = [SimpleNamespace(is_constexpr=constant, do_not_specialize=number)
+              for constant, number in ((False, False), (False, False), (False, True), (True, False))]
+
+    def __init__(self):
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        def first(*args, **options):
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+        return first
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(triton_support, 'INTERPRETED', False)
+    monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: 7, raising=False)
+    runtime = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
+    monkeypatch.setattr(triton_support, '_runtime', lambda: runtime)
+    monkeypatch.setattr(triton_support, '_starter',
+                        lambda compiled: (compiled.run, (compiled.function, compiled.packed_metadata)))
+    for cache in ('_compiled', '_signatures'):
+        monkeypatch.setattr(triton_support, cache, {})
+    kernel = Kernel()
+    kernel.runtime = runtime
+    return kernel
+
+
+def test_launch_compiles_once_and_passes_addresses(kernel):
+    x, y = torch.zeros(8), torch.zeros(8)
+    for number in (3, 3, 4):
+        launch(kernel, (1, 2, 3), x, y, number, 16, num_warps=4)
+    compiled, = kernel.compiled
+    assert compiled.started == [(1, 2, 3, 7, 'function', 'metadata', x.data_ptr(), y.data_ptr(), number, 16)
+                                for number in (3, 4)]
+
+
+@pytest.mark.parametrize('change', [
+    dict(x=torch.zeros(8, dtype=torch.bfloat16)), dict(x=torch.zeros(9)[1:]), dict(y=None), dict(y=torch.zeros(9)[1:]),
+    dict(number=2**31), dict(constant=32), dict(num_warps=8)],
+    ids=['dtype', 'alignment', 'absent', 'alignment_of_second', '64_bits', 'constant', 'option'])
+def test_launch_compiles_anew_for(kernel, change):
+    def call(x=torch.zeros(8), y=torch.zeros(8), number=3, constant=16, num_warps=4):  # noqa: B008
+        launch(kernel, (1, 1, 1), x, y, number, constant, num_warps=num_warps)
+
+    call()
+    call(**change)
+    assert len(kernel.compiled) == 2
+    call(**change)
+    call()
+    assert len(kernel.compiled) == 2
+    assert [len(compiled.started) for compiled in kernel.compiled] == [1, 1]
+
+
+def test_launch_lets_profilers_know(kernel):
+    launch(kernel, (1, 1, 1), torch.zeros(8), None, 3, 16)
+    kernel.runtime.launch_enter_hook = print
+    x = torch.zeros(8)
+    launch(kernel, (1, 1, 1), x, None, 3, 16)
+    assert kernel.compiled[0].started[0][3] is x  # by Triton's own way, which calls the hooks
+
+
+def test_collected_launches_do_not_run(kernel):
+    x = torch.empty(8, device='meta')
+    with collect_launches() as launches:
+        launch(kernel, (1, 1, 1), x, None, 3, 16, num_warps=4)
+    assert not kernel.compiled
+    assert launches == [(kernel, (1, 1, 1), (x, None, 3, 16), dict(num_warps=4))]
