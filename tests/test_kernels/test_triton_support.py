@@ -43,10 +43,13 @@ def test_no_float64():
     assert why_not_triton(on_gpu(torch.float64)) == 'it computes in float32, this tensor is float64'
 
 
-@pytest.mark.parametrize('what, reason', [('old', r'Imaginary 100 has compute capability 7.5, .* need 8.0 or newer'),
-                                          ('AMD', 'the kernels are written for NVIDIA GPUs'),
-                                          ('old Triton', r'Triton \S+ is too old'),
-                                          ('missing', 'Triton is not installed: pip install triton')])
+@pytest.mark.parametrize(('what', 'reason'), [
+    ('old', r'Imaginary 100 has compute capability 7.5, .* need 8.0 or newer'),
+    ('AMD', 'the kernels are written for NVIDIA GPUs'),
+    ('old Triton', r'Triton \S+ is too old'),
+    ('no compiler', 'Triton needs a C compiler, .* install gcc or clang, or set CC'),
+    ('no headers', "Triton needs Python's headers, .* install python3-dev"),
+    ('missing', 'Triton is not installed: pip install triton')])
 def test_stand_in_is_announced_once(what, reason, monkeypatch):
     if what == 'old':
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (7, 5))
@@ -54,6 +57,12 @@ def test_stand_in_is_announced_once(what, reason, monkeypatch):
         monkeypatch.setattr(torch.version, 'hip', '6.0')
     elif what == 'old Triton':
         monkeypatch.delattr(pytest.importorskip('triton'), 'constexpr_function')
+    elif what == 'no compiler':
+        monkeypatch.delenv('CC', raising=False)
+        monkeypatch.setenv('PATH', '')
+    elif what == 'no headers':
+        monkeypatch.setenv('CC', 'gcc')
+        monkeypatch.setattr(triton_support.sysconfig, 'get_paths', lambda scheme: dict(include='nowhere'))
     else:
         monkeypatch.setattr(triton_support.importlib.util, 'find_spec', lambda name: None)
     with pytest.warns(UserWarning, match=f'composed PyTorch operations, slower: {reason}'):
