@@ -182,6 +182,11 @@ class _Local(threading.local):
 _local = _Local()
 
 
+def collecting():
+    """Whether launches of this thread are collected."""
+    return _local.collected is not None
+
+
 @contextlib.contextmanager
 def collect_launches():
     """In this thread :func:`launch` only notes what it is called with, in the list that this yields. For passes over

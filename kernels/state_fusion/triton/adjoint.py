@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..._core.triton_support import cdiv, launch
+from ..._core.tuning import size_class, tiling
 from .stencil import (
     PREFETCHED,
     fold,
@@ -28,7 +29,8 @@ from .stencil import (
     widen,
 )
 
-WARPS, REGISTERS = 4, 168
+#: Warps, and registers of a thread.
+_TILINGS = (4, 168), (4, 128), (8, 128)
 
 
 @triton.jit
@@ -167,12 +169,16 @@ def _adjoint_kernel(grad, C, taps, grad_h, shares, grad_alpha, number, B, H, W, 
                LINES, CHANNELS, MASKED, WIDE, False)
 
 
-def adjoint(grad, C, taps, grad_h, shares, grad_alpha, row_g, row_c, wide):
+def adjoint(grad, C, taps, grad_h, shares, grad_alpha, row_g, row_c, wide, tiles=None):
     """Fill ``grad_h`` (batch, H, W, N, D), dense, from ``grad`` and ``C``, ``taps`` as :func:`weights_of_taps` returns
     them; and ``grad_alpha`` from its ``shares``."""
     batch, height, width, d_state, dim = grad_h.shape
+    if tiles is None:
+        tiles = tiling('state_fusion adjoint', (dim, size_class(height), size_class(batch * width)), _TILINGS, grad,
+                       lambda t: adjoint(grad, C, taps, grad_h, shares, grad_alpha, row_g, row_c, wide, t))
+    warps, registers = tiles
     unit = unit_of(dim, row_g)
-    lines, channels = tile_for(dim, WARPS)
+    lines, channels = tile_for(dim, warps)
     blocks, between = cdiv(dim, channels), cdiv(batch * max(width - 2, 0), lines)
     border = cdiv(batch * 2, lines)
     strip = strip_for(height, blocks * (border + between), 1024)
@@ -181,4 +187,4 @@ def adjoint(grad, C, taps, grad_h, shares, grad_alpha, row_g, row_c, wide):
         launch(_adjoint_kernel, (blocks * (border + between) * strips, 1, 1), grad, of_state(C, 3, n), taps,
                of_state(grad_h, 3, n), shares, grad_alpha, shares.shape[0], batch, height, width, strip,
                border * strips, dim // unit, row_g // unit, row_c, d_state * dim // unit, unit, lines, channels,
-               dim % channels > 0, wide, num_warps=WARPS, maxnreg=REGISTERS)
+               dim % channels > 0, wide, num_warps=warps, maxnreg=registers)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..._core.triton_support import as_rows, cdiv, launch
+from ..._core.tuning import size_class, tiling
 from .adjoint import adjoint
 from .stencil import (
     PREFETCHED,
@@ -26,7 +27,7 @@ from .stencil import (
 )
 
 # The first kernel has all registers that a thread can have, and as many programs as run at once on a large GPU.
-SUMS_WARPS, SUMS_PROGRAMS = 4, 264
+_TILINGS = (4, 264), (4, 528), (8, 132)  # warps, programs
 
 
 @triton.jit
@@ -242,12 +243,16 @@ def _finish_kernel(taps, kernel1, kernel3, kernel5, alpha, grad_kernel1, grad_ke
         _finish_C(parts, grad_C, tl.program_id(0) - first, blocks, places, PLACES)
 
 
-def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha):
+def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha, tiles=None):
     """Gradients of the eight tensors, in the dtype of each."""
     batch, height, width, d_state, dim = h.shape
-    D, *kernels, alpha = [t.contiguous() for t in (D, kernel1, kernel3, kernel5, alpha)]
     if x.numel() == 0:
-        return [torch.zeros_like(t) for t in (h, C, x, D, *kernels, alpha)]
+        return [torch.zeros_like(t) for t in (h, C, x, D, kernel1, kernel3, kernel5, alpha)]
+    if tiles is None:
+        tiles = tiling('state_fusion backward', (dim, size_class(height), size_class(batch * width)), _TILINGS, h,
+                       lambda t: backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha, t))
+    warps, programs = tiles
+    D, *kernels, alpha = [t.contiguous() for t in (D, kernel1, kernel3, kernel5, alpha)]
     grad_h, grad_C, grad_x = h.new_empty(h.shape), C.new_empty(C.shape), x.new_empty(x.shape)
     grad_D, *grad_kernels, grad_alpha = [torch.empty_like(t) for t in (D, *kernels, alpha)]
     (h, row_h), (C, row_c), (x, row_x), (grad, row_g) = as_rows(h, 4), as_rows(C, 3), as_rows(x, 3), as_rows(grad, 3)
@@ -256,11 +261,11 @@ def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha):
     wide = is_wide(pixels, d_state * dim, row_h, row_c, row_x, row_g)
     unit = unit_of(dim, row_h, row_x, row_g)
 
-    lines, channels = tile_for(dim, SUMS_WARPS)
+    lines, channels = tile_for(dim, warps)
     blocks, groups = cdiv(dim, channels), cdiv(batch * width, lines)
     strip = strip_for(height, blocks * groups, 1024, longest=channels)
     units = groups * cdiv(height, strip)
-    each = cdiv(units * blocks, SUMS_PROGRAMS)
+    each = cdiv(units * blocks, programs)
     workers = cdiv(units, each)
     taps = weights_of_taps(D, kernels, alpha, 1 + d_state * workers)
     parts = grad_C if blocks == 1 else taps.new_empty((blocks, *C.shape))
@@ -268,7 +273,7 @@ def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha):
         launch(_sums_kernel, (blocks * workers, 1, 1), grad, of_state(h, 3, n), of_state(C, 3, n), x, taps, grad_x,
                of_state(parts, -1, n), batch, height, width, strip, units, each, 1 + n * workers, dim // unit,
                row_g // unit, row_h // unit, row_c, row_x // unit, d_state, unit, n == 0, lines, channels,
-               dim % channels > 0, wide, num_warps=SUMS_WARPS)
+               dim % channels > 0, wide, num_warps=warps)
 
     tap_programs, places = 26 * cdiv(dim, 64), pixels * d_state
     shares = taps.new_empty((tap_programs, 3))

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..._core.triton_support import as_rows, cdiv, launch
+from ..._core.tuning import size_class, tiling
 from .stencil import (
     PREFETCHED,
     gather,
@@ -23,7 +24,8 @@ from .stencil import (
     widen_columns,
 )
 
-WARPS, REGISTERS = 8, 128
+#: Warps, and registers of a thread.
+_TILINGS = (8, 128), (4, 168), (4, 128)
 
 
 @triton.jit
@@ -111,18 +113,22 @@ def _forward_kernel(h, C, x, taps, y, B, H, W, strip, units, each, dim, row_h, r
             scale, other = _widen_row(scale_ahead, other_ahead)
 
 
-def forward(h, C, x, D, kernel1, kernel3, kernel5, alpha):
+def forward(h, C, x, D, kernel1, kernel3, kernel5, alpha, tiles=None):
     """``y`` in the dtype of ``x``."""
     batch, height, width, d_state, dim = h.shape
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if tiles is None:
+        tiles = tiling('state_fusion forward', (dim, size_class(height), size_class(batch * width)), _TILINGS, h,
+                       lambda t: forward(h, C, x, D, kernel1, kernel3, kernel5, alpha, t))
+    warps, registers = tiles
     D, *kernels, alpha = [t.contiguous() for t in (D, kernel1, kernel3, kernel5, alpha)]
     taps = weights_of_taps(D, kernels, alpha)
     (h, row_h), (C, row_c), (x, row_x) = as_rows(h, 4), as_rows(C, 3), as_rows(x, 3)
     row_h *= d_state
     wide = is_wide(batch * height * width, d_state * dim, row_h, row_c, row_x)
     unit = unit_of(dim, row_h, row_x)
-    lines, channels = tile_for(dim, WARPS)
+    lines, channels = tile_for(dim, warps)
     blocks, groups = cdiv(dim, channels), cdiv(batch * width, lines)
     strip = strip_for(height, blocks * groups, 1024)
     units = groups * cdiv(height, strip)
@@ -133,5 +139,5 @@ def forward(h, C, x, D, kernel1, kernel3, kernel5, alpha):
         y = x.new_empty(x.shape, dtype=dtype if n == d_state - 1 else torch.float32)
         launch(_forward_kernel, (blocks * cdiv(units, each), 1, 1), of_state(h, 3, n), of_state(C, 3, n), x, taps,
                y, batch, height, width, strip, units, each, dim // unit, row_h // unit, row_c, row_x // unit, unit,
-               n == 0, lines, channels, dim % channels > 0, wide, num_warps=WARPS, maxnreg=REGISTERS)
+               n == 0, lines, channels, dim % channels > 0, wide, num_warps=warps, maxnreg=registers)
     return y
