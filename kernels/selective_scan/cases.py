@@ -39,7 +39,7 @@ CASES = {case.name: case for case in (
     Case('tiny', length=5, dim=3, rank=2, d_state=2, directions=2, output='skip', order=2),
     Case('tiny-y', batch=1, length=4, dim=2, rank=1, d_state=2, directions=2, output='y'),
     Case('tiny-states', length=4, dim=2, rank=1, d_state=2, directions=1, order=3),
-    # Chunks have 64 tokens, blocks of lanes 16 channels.
+    # Chunks have 32 tokens, blocks of lanes 16 channels.
     Case('length_1', length=1),
     Case('length_1-skip', length=1, output='skip', directions=2, order=2),
     Case('length_63', length=63),

@@ -9,7 +9,7 @@ from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
 #: Tokens per chunk: backward restarts the recurrence from one stored state per chunk.
-CHUNK = 64
+CHUNK = 32
 
 _ARGS = ('Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor dt_weight, Tensor dt_bias, Tensor? D, '
          'Tensor? order')

@@ -3,53 +3,89 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_math import LN2, LOG2_E, exp2, reciprocal
+from ..._core.triton_math import LN2, LOG2_E, exp2
 from ..._core.triton_support import cdiv, launch, next_power_of_2
 from .blocks import (
+    GROUPS,
     RUNTIME,
-    STEPS,
     Launch,
-    hold_weights,
-    join_steps,
+    both_ways,
+    load_projection,
+    load_scalars,
+    load_steps,
     load_tile,
-    multiply,
+    pack,
+    places,
+    product_channel,
     project,
-    project_chunk,
+    rows_of_steps,
+    slope_of,
+    soft_step,
+    split_tf32,
     state_before,
-    step_size,
     through_groups,
+    to_product,
+    widen,
 )
 
-#: Channels of a program, largest rank whose weights are held in registers, warps.
-_TILING = 32, 4, 4
+#: Warps of a program. A block of tokens is a chunk.
+_WARPS = 4
 #: Programs' sums that one step of a finishing kernel adds, and values that one of its programs finishes.
 _ROWS, _VALUES = 32, 64
 
 
+@triton.jit
+def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, slot, R: tl.constexpr, X_ROW: tl.constexpr,
+          DT_ROW: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, GRAD_ROW: tl.constexpr,
+          STEPS: tl.constexpr, OUTPUT: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr):
+    """What a block of tokens takes as it is in memory: ``dt`` for ``project``, and by step ``grad``, ``C``, ``x`` and
+    ``B``; nothing of the last two with ``MAPS``."""
+    begin = 0 if ORDER else start
+    step, group = rows_of_steps(STEPS)
+    token = group * apart + step
+    here = token < left
+    if ORDER:
+        token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
+    low = load_tile(dt + begin * DT_ROW, token, slot, here, DT_ROW, R)
+    rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
+    grads = load_steps(grad + begin * GRAD_ROW, rows, here, d, in_d, GRAD_ROW, ORDER)
+    cs, us, bs = (), (), ()
+    if OUTPUT:
+        cs = load_scalars(C + begin * C_ROW, rows, here, C_ROW, ORDER)
+    if not MAPS:
+        us = load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER)
+        bs = load_scalars(B + begin * B_ROW, rows, here, B_ROW, ORDER)
+    return low, grads, cs, us, bs
+
+
+@triton.jit
+def _widen(low, grads, cs, us, bs):
+    return low.to(tl.float32), widen(grads), widen(cs), widen(us), widen(bs)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
-def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps, carries, grad_x, grad_delta,
-                   token_sums, sums, L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row,
+def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps, grad_x, grad_delta, token_sums, sums,
+                   L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row,
                    D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr,
                    DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
-                   C_ROW: tl.constexpr, C_K: tl.constexpr,
-                   LANES: tl.constexpr, HOLD: tl.constexpr, GROUPS: tl.constexpr, OUTPUT: tl.constexpr,
+                   C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
+                   WARPS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr,
                    SKIP: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
-    """As ``_scan``, in reverse; a program takes all states in turn, with ``MAPS`` one.
+    """As ``_scan``, in reverse; a program takes all states in turn, with ``MAPS`` one. Blocks of tokens are chunks.
 
     Layouts: grad (batch, L, N or 1, D), dense; grad_x (batch, K, L, D); grad_delta, where the states' shares add up,
     the same, fp32; token_sums (blocks of channels, batch, K, L, R + N + N), the last N with ``OUTPUT`` only;
-    sums (batch, segs, K, R + 1 + N + 1, D), the last with ``SKIP`` only; carries (batch, K, N, segs, D).
+    sums (batch, segs, K, R + 1 + N + 1, D), the last with ``SKIP`` only.
     """
-    CHUNK: tl.constexpr = GROUPS * STEPS
-    BLOCKS: tl.constexpr = (D + LANES - 1) // LANES
+    BLOCKS: tl.constexpr = (D + 16 * WARPS - 1) // (16 * WARPS)
     NS: tl.constexpr = N if MAPS else 1
-    RANKS: tl.constexpr = max(16, triton.next_power_of_2(R))
     COLUMNS: tl.constexpr = R + N + (N if OUTPUT else 0)
     SUMS: tl.constexpr = R + 1 + N + (1 if SKIP else 0)
     GRAD_ROW: tl.constexpr = D if OUTPUT else N * D
+    WIDTH: tl.constexpr = max(8, RANKS)
     pid = tl.program_id(0)
     block = pid % BLOCKS
-    d = block * LANES + tl.arange(0, LANES)
+    d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * 16 + tl.arange(0, 16)[None, None, :]
     in_d = d < D
     seg = pid // BLOCKS % segs
     row = pid // BLOCKS // segs
@@ -68,157 +104,167 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     grad_delta += row * L * D
     token_sums += (block * images.to(tl.int64) * K + row) * L * COLUMNS
     sums += ((image * segs + seg) * K + k) * SUMS * D
-    bias_d = tl.load(bias + k * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :] * LOG2_E
-    bias_d += tl.zeros([GROUPS, LANES], tl.float32)
-    rows = hold_weights(weight, d, in_d, R, HOLD)
     if ORDER:
         order += image * order_image + k * order_row
-    g = tl.arange(0, GROUPS) * STEPS
-    is_first = g == 0
-    first = (seg * each).to(tl.int64)
-    last = tl.minimum(chunks, first + each)
-    ranks = tl.arange(0, RANKS)
-    token = tl.arange(0, CHUNK)
-    weights = load_tile(weight, d, ranks, in_d, R, R)
+    weights, bias = load_projection(weight, bias + k * D, block, D, R, RANKS, SLOTS, WARPS)
+    slot = tl.arange(0, SLOTS) % RANKS
+    g = tl.arange(0, GROUPS)[:, None, None]
+    # Of the segment's tokens, a group has every GROUPS-th run of STEPS, or one run.
+    apart = each * STEPS if MAPS else STEPS
+    ahead = STEPS if MAPS else CHUNK
+    first = (seg * each).to(tl.int64) * CHUNK
+    count = each if MAPS else tl.minimum(each, tl.cdiv(L - first, CHUNK).to(tl.int32))
     if not MAPS:
-        sum_bias = tl.zeros([GROUPS, LANES], tl.float32)
-        sum_skip = tl.zeros([GROUPS, LANES], tl.float32)
-        sum_weight = tl.zeros([LANES, RANKS], tl.float32)
+        token = tl.arange(0, CHUNK)
+        product_step, product_group = rows_of_steps(STEPS)
+        product_token = product_group * STEPS + product_step
+        column = tl.arange(0, WIDTH)
+        own = (block * WARPS + tl.arange(0, WARPS)[:, None]) * 16 + product_channel(tl.arange(0, 16))[None, :]
+        own = own[:, :, None]
+        own_in = (own < D) & (column < R)[None, None, :]
+        wide = tl.load(weight + own * R + column[None, None, :], mask=own_in, other=0.0).to(tl.float32)
+        wide_high, wide_rest = split_tf32(wide)
+        sum_bias = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+        sum_skip = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+        sum_weight = tl.zeros([WARPS, 16, WIDTH], tl.float32)
         if SKIP:
-            skip_d = tl.load(skip + k * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+            skip_d = tl.load(skip + k * D + d, mask=in_d, other=0.0).to(tl.float32)
 
     for n in range(first_n, first_n + N // NS):
-        rate = tl.load(A + k * D * N + d * N + n, mask=in_d, other=0.0).to(tl.float32)[None, :]
-        # What comes from behind passes through memory: to read it late there is cheaper than to wait for it here.
-        if MAPS:
-            behind_at = maps + ((row * N + n) * segs + seg) * 2 * D + D + d
-        else:
-            behind_at = carries + ((row * N + n) * segs + seg) * D + d
-        product = tl.full([GROUPS, LANES], 1.0, tl.float32)
-        sum_rate = tl.zeros([GROUPS, LANES], tl.float32)
-        start_state = tl.zeros([LANES], tl.float32)
+        rate = tl.load(A + k * D * N + d * N + n, mask=in_d, other=0.0).to(tl.float32)
+        grad_n = grad + (0 if OUTPUT else n * D)
+        total = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+        sum_rate = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+        carry = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         if SEGMENTED and not MAPS:
-            start_state = state_before(maps + (row * N + n) * segs * 2 * D, segs - 1 - seg, segs - 1, -1, D, d, in_d,
-                                       GROUPS)
-        tl.store(behind_at, start_state, mask=in_d)
-        tl.debug_barrier()
-        for back in tl.range(0, last - first, num_stages=1):  # a chunk reads what the one behind has stored
-            chunk = last - 1 - back
-            start = chunk * CHUNK
+            carry = state_before(maps + (row * N + n) * segs * 2 * D, segs - 1 - seg, segs - 1, -1, D, d, in_d)
+        start = first + (count - 1) * ahead
+        loaded = _load(x, dt, B + n, C + n, grad_n, order, start, (L - start).to(tl.int32), apart, d, in_d, slot, R,
+                       X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
+        loaded = _widen(*loaded)
+        for i in tl.range(0, count, num_stages=1):
+            low, grads, cs, us, bs = loaded
+            back = count - 1 - i
+            start = first + back * ahead
             left = (L - start).to(tl.int32)
-            group_a = tl.full([GROUPS, LANES], 1.0, tl.float32)
-            group_h = tl.zeros([GROUPS, LANES], tl.float32)
-            in_l = token < left
-            begin = 0 if ORDER else start
-            if ORDER:
-                tokens = tl.load(order + start + token, mask=in_l, other=0).to(tl.int64)
-            else:
-                tokens = token
-            low = load_tile(dt + begin * DT_ROW, tokens, ranks, in_l, DT_ROW, R)
-            if not HOLD:
-                projected = project_chunk(low, weights, GROUPS)
-            places, xs, grads, deltas, slopes, decays, Bs, Cs = (), (), (), (), (), (), (), ()
+            # The block before is loaded while this one is worked on; before the first one, that one again.
+            prior = first + tl.maximum(back - 1, 0) * ahead
+            following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d, slot,
+                              R, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
+            projected = project(low, weights, bias, RANKS, STEPS)
+            deltas, decays = (), ()
             for s in tl.static_range(STEPS):
-                here = g + s < left
-                if ORDER:
-                    place = tl.load(order + start + g + s, mask=here, other=0).to(tl.int64)
-                else:
-                    place = g + s
-                origin = 0 if ORDER else start
-                inside = here[:, None] & in_d[None, :]
-                if HOLD:
-                    step, e = step_size(project(dt + origin * DT_ROW, rows, bias_d, place, here, R, DT_ROW))
-                else:
-                    step, e = step_size(projected[s] + bias_d)
-                a = exp2(step * rate)
-                grad_n = 0 if OUTPUT else n * D
-                dy = tl.load(grad + grad_n + origin * GRAD_ROW + place[:, None] * GRAD_ROW + d[None, :],
-                             mask=inside, other=0.0).to(tl.float32)
-                group_a *= a
-                places, decays, deltas, grads = places + (place,), decays + (a,), deltas + (step,), grads + (dy,)
-                if OUTPUT:
-                    c = tl.load(C + origin * C_ROW + place * C_ROW + n, mask=here, other=0.0).to(tl.float32)
-                    Cs = Cs + (c[:, None],)
-                if not MAPS:
-                    slopes = slopes + (e * reciprocal(1 + e),)
-                    u = tl.load(x + origin * X_ROW + place[:, None] * X_ROW + d[None, :], mask=inside, other=0.0)
-                    u = u.to(tl.float32)
-                    b = tl.load(B + origin * B_ROW + place * B_ROW + n, mask=here, other=0.0).to(tl.float32)
-                    b = b[:, None] * LN2
-                    group_h = a * group_h + step * u * b
-                    xs, Bs = xs + (u,), Bs + (b,)
-            group_r = tl.zeros([GROUPS, LANES], tl.float32)
-            for i in tl.static_range(STEPS):
-                dy = grads[STEPS - 1 - i]
-                if OUTPUT:
-                    dy = Cs[STEPS - 1 - i] * dy
-                group_r = decays[STEPS - 1 - i] * (dy + group_r)
-            to_a, to_b, enter_a, enter_b = through_groups(group_a, group_r, True)
-            carry = tl.load(behind_at, mask=in_d, other=0.0)[None, :]
-            tl.debug_barrier()
-            tl.store(behind_at[None, :] + g[:, None] * 0, to_a * carry + to_b, mask=is_first[:, None] & in_d[None, :])
-            tl.debug_barrier()
-            behind = enter_a * carry + enter_b
+                step = soft_step(projected[s])
+                deltas, decays = deltas + (step,), decays + (exp2(step * rate),)
             if MAPS:
-                product *= group_a
+                for s in tl.static_range(STEPS - 1, -1, -1):
+                    total += deltas[s]
+                    carry = decays[s] * (_times(cs, grads, s) + carry)
             else:
-                h = tl.load(states + ((row * chunks + chunk) * N + n) * D + d, mask=in_d, other=0.0)
-                _, _, enter_a, enter_b = through_groups(group_a, group_h, False)
-                h = enter_a * h[None, :] + enter_b
+                begin = 0 if ORDER else start
+                chunk = start // CHUNK
+                # In units of log(2), as steps are.
+                h = tl.load(states + ((row * chunks + chunk) * N + n) * D + d, mask=in_d, other=0.0) * LOG2_E
+                group_a = tl.full([GROUPS, WARPS, 16], 1.0, tl.float32)
+                group_h = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+                group_r = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+                slopes, drives = (), ()
+                for s in tl.static_range(STEPS):
+                    slopes, drives = slopes + (slope_of(projected[s]),), drives + (us[s] * bs[s],)
+                    group_a *= decays[s]
+                    group_h = decays[s] * group_h + deltas[s] * drives[s]
+                for s in tl.static_range(STEPS - 1, -1, -1):
+                    group_r = decays[s] * (_times(cs, grads, s) + group_r)
+                all_a, all_r, to_a, to_h, from_a, from_r = both_ways(group_a, group_h, group_r)
+                behind = from_a * carry + from_r
+                carry = all_a * carry + all_r
+                h = to_a * h + to_h
                 befores = ()
                 for s in tl.static_range(STEPS):
                     befores = befores + (h,)
-                    h = decays[s] * h + deltas[s] * xs[s] * Bs[s]
-                steps, drives = (), ()
-                for i in tl.static_range(STEPS):
-                    place, u = places[STEPS - 1 - i], xs[STEPS - 1 - i]
-                    dy, step = grads[STEPS - 1 - i], deltas[STEPS - 1 - i]
-                    a, b, before = decays[STEPS - 1 - i], Bs[STEPS - 1 - i], befores[STEPS - 1 - i]
-                    here = g + (STEPS - 1 - i) < left
-                    origin = 0 if ORDER else start
-                    inside = here[:, None] & in_d[None, :]
-                    at = origin * D + place[:, None] * D + d[None, :]
-                    adjoint = dy + behind
+                    h = decays[s] * h + deltas[s] * drives[s]
+                rows, here = places(order, start, tl.arange(0, GROUPS) * STEPS, left, STEPS, ORDER)
+                steps, sums_B, sums_C = (), (), ()
+                for s in tl.static_range(STEPS - 1, -1, -1):
+                    inside = here[s][:, None, None] & in_d
+                    at = begin * D + rows[s][:, None, None] * D + d + (0 if ORDER else s * D)
+                    adjoint = _times(cs, grads, s) + behind
                     if OUTPUT:
-                        adjoint = Cs[STEPS - 1 - i] * dy + behind
-                        tl.store(token_sums + origin * COLUMNS + place * COLUMNS + R + N + n,
-                                 tl.sum(dy * (a * before + step * u * b), 1), mask=here)
-                    behind = a * adjoint
-                    weighted = adjoint * step
-                    dx = weighted * b
-                    drives = (weighted * u,) + drives
-                    dv = rate * LN2 * behind * before + adjoint * u * b  # of the step in units of log(2)
-                    sum_rate += behind * before * step
+                        h = decays[s] * befores[s] + deltas[s] * drives[s]
+                        sums_C = (tl.sum(grads[s] * h, 2),) + sums_C
+                    behind = decays[s] * adjoint
+                    weighted = adjoint * deltas[s]
+                    sums_B = (tl.sum(weighted * us[s], 2),) + sums_B
+                    dx = weighted * (bs[s] * LN2)
+                    reached = behind * befores[s]
+                    dv = rate * LN2 * reached + adjoint * drives[s]
+                    sum_rate += reached * deltas[s]
                     if SKIP and n == 0:
-                        dx += skip_d * dy
-                        sum_skip += dy * u
+                        dx += skip_d * grads[s]
+                        sum_skip += grads[s] * us[s]
                     if N > 1:
                         if n > 0:
                             dx += tl.load(grad_x + at, mask=inside, other=0.0)
                             dv += tl.load(grad_delta + at, mask=inside, other=0.0)
                         tl.store(grad_delta + at, dv, mask=inside)
                     tl.store(grad_x + at, dx, mask=inside)
-                    dv *= LOG2_E * slopes[STEPS - 1 - i]
-                    steps = (dv,) + steps
-                columns = token_sums + begin * COLUMNS + tokens * COLUMNS
-                tl.store(columns + R + n, LN2 * tl.sum(join_steps(drives, GROUPS), 1), mask=in_l)
+                    steps = (dv * slopes[s],) + steps
+                at = token
+                if ORDER:
+                    at = tl.load(order + start + token, mask=token < left, other=0).to(tl.int64)
+                columns = token_sums + begin * COLUMNS + at * COLUMNS + R + n
+                tl.store(columns, LN2 * _over_warps(sums_B, CHUNK), mask=token < left)
+                if OUTPUT:
+                    tl.store(columns + N, LN2 * _over_warps(sums_C, CHUNK), mask=token < left)
                 if N == 1 or n == N - 1:
                     for s in tl.static_range(STEPS):
                         sum_bias += steps[s]
-                    dv_all = join_steps(steps, GROUPS)
-                    sum_weight = tl.dot(tl.trans(dv_all), low, sum_weight, input_precision='tf32x3')
-                    tl.store(columns[:, None] + ranks[None, :], tl.dot(dv_all, weights, input_precision='tf32x3'),
-                             mask=in_l[:, None] & (ranks < R)[None, :])
+                    spot = product_token
+                    in_l = product_token < left
+                    if ORDER:
+                        spot = tl.load(order + start + product_token, mask=in_l, other=0).to(tl.int64)
+                    all_dv = to_product(steps)
+                    high, rest = split_tf32(all_dv)
+                    out = tl.dot(high, wide_high, input_precision='tf32')
+                    out = tl.dot(rest, wide_high, out, input_precision='tf32')
+                    out = tl.dot(high, wide_rest, out, input_precision='tf32')
+                    out_at = token_sums + begin * COLUMNS + spot[:, None] * COLUMNS + column[None, :]
+                    tl.store(out_at, tl.sum(out, 0), mask=in_l[:, None] & (column < R)[None, :])
+                    dts = load_tile(dt + begin * DT_ROW, spot, column, in_l, DT_ROW, R).to(tl.float32)
+                    low_high, low_rest = split_tf32(tl.broadcast_to(dts[None, :, :], (WARPS, CHUNK, WIDTH)))
+                    high, rest = split_tf32(tl.permute(all_dv, (0, 2, 1)))
+                    sum_weight = tl.dot(high, low_high, sum_weight, input_precision='tf32')
+                    sum_weight = tl.dot(rest, low_high, sum_weight, input_precision='tf32')
+                    if dt.dtype.element_ty == tl.float32:
+                        sum_weight = tl.dot(high, low_rest, sum_weight, input_precision='tf32')
+            loaded = _widen(*following)
         if MAPS:
-            own = maps + ((row * N + n) * segs + seg) * 2 * D
-            tl.store(own + d, tl.reduce(product, 0, multiply), mask=in_d)
+            a, r, _, _ = through_groups(exp2(rate * total), carry, True)
+            at = maps + ((row * N + n) * segs + seg) * 2 * D + d
+            tl.store(at + g * 0, a, mask=(g == 0) & in_d)
+            tl.store(at + D + g * 0, r, mask=(g == 0) & in_d)
         else:
-            tl.store(sums + (R + 1 + n) * D + d, LN2 * tl.sum(sum_rate, 0), mask=in_d)
+            tl.store(sums + (R + 1 + n) * D + d, LN2 * LN2 * tl.sum(sum_rate, 0, keep_dims=True), mask=in_d)
     if not MAPS:
-        tl.store(sums + ranks[None, :] * D + d[:, None], sum_weight, mask=in_d[:, None] & (ranks < R)[None, :])
-        tl.store(sums + R * D + d, tl.sum(sum_bias, 0), mask=in_d)
+        tl.store(sums + column[None, None, :] * D + own, sum_weight, mask=own_in)
+        tl.store(sums + R * D + d, tl.sum(sum_bias, 0, keep_dims=True), mask=in_d)
         if SKIP:
-            tl.store(sums + (R + 1 + N) * D + d, tl.sum(sum_skip, 0), mask=in_d)
+            tl.store(sums + (R + 1 + N) * D + d, tl.sum(sum_skip, 0, keep_dims=True), mask=in_d)
+
+
+@triton.jit
+def _times(cs, grads, s: tl.constexpr):
+    """What the output's gradient is for the state at step ``s``."""
+    if len(cs) == 0:
+        return grads[s]
+    else:
+        return cs[s] * grads[s]
+
+
+@triton.jit
+def _over_warps(parts, CHUNK: tl.constexpr):
+    """A tuple of the steps' [groups, warps] as sums over the warps, [tokens]."""
+    return tl.reshape(tl.sum(pack(parts), 1), (CHUNK,))
 
 
 @triton.jit(do_not_specialize=['parts'])
@@ -269,7 +315,7 @@ def _finish_tokens(token_sums, grad_dt, grad_B, grad_C, images, L, BLOCKS: tl.co
 
 def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk):
     """Gradients of the eight tensors before ``order``, dense; None for those that are None."""
-    run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _TILING)
+    run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS, chunk // 8)
     batch, L, D, K, N, R = run.batch, run.L, run.D, run.K, run.N, run.R
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
              for t in (x, dt, A, B, C, weight, bias, skip)]
@@ -285,8 +331,7 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk):
     parts, rows = batch * run.segments, R + 1 + N + (skip is not None)
     sums = x.new_empty((parts, K, rows, D), **fp32)
     maps = run.maps()
-    carries = x.new_empty((batch, K, N, run.segments, D), **fp32)
-    buffers = grad, states, maps, carries, grad_x, grad_delta, token_sums, sums
+    buffers = grad, states, maps, grad_x, grad_delta, token_sums, sums
     if maps is not None:
         run(_scan_backward, N, *buffers, maps=True)
     run(_scan_backward, 1, *buffers, maps=False)

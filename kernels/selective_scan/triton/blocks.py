@@ -1,31 +1,35 @@
 """How the scan is cut into blocks, and the pieces that its forward and backward kernels share.
 
-A program walks chunks of ``GROUPS * STEPS`` tokens by a block of channels. Step ``s`` of all groups is one
-tensor [GROUPS, channels]: within a group the recurrence runs step by step, each step elementwise over groups and
-channels; between groups it is an associative scan of the groups' maps ``h -> a h + b``.
+A program walks blocks of tokens by a block of channels, its warps side by side with 16 channels each: nothing of the
+recurrence crosses warps. Step ``s`` of all eight groups of tokens is one tensor [groups, warps, 16], of which a thread
+has one group and four channels: within a group the recurrence runs step by step, each step elementwise, and between
+groups by exchanges between threads of the maps ``h -> a h + b``. What a thread has is also what the tensor cores want
+of it, so that nothing moves for the products with ``dt_weight``.
 """
 import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_math import LOG2_E, exp2, log2
-from ..._core.triton_support import as_rows, cdiv, launch, next_power_of_2
+from ..._core.triton_math import LOG2_E, exp2, reciprocal
+from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2
 
 #: Arguments of the kernels that change with the size of the map: no kernel is compiled anew for their values.
 RUNTIME = ['L', 'chunks', 'segs', 'each', 'dt_image', 'B_image', 'C_image', 'order_image', 'order_row']
-STEPS = tl.constexpr(4)
-#: Sequences are split where images, directions and blocks of channels alone give fewer programs than the first; into as
+GROUPS = tl.constexpr(8)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+#: Sequences are split where images, directions and blocks of channels alone give fewer warps than the first; into as
 #: many segments as make the second.
-_FEW_PROGRAMS, _ENOUGH_PROGRAMS = 200, 528
+_FEW_WARPS, _ENOUGH_WARPS = 500, 2112
 
 
-def _segments(rows, chunks):
-    """Into how many segments a sequence of ``chunks`` chunks is split where there are ``rows`` independent programs,
-    and the chunks of each. Segments cost another pass over the input, so there is one if that keeps a GPU busy."""
-    if rows >= _FEW_PROGRAMS or chunks < 8:
-        return 1, max(chunks, 1)
-    each = max(2, cdiv(chunks * rows, _ENOUGH_PROGRAMS))
-    return cdiv(chunks, each), each
+def _segments(warps, blocks):
+    """Into how many segments a sequence of ``blocks`` blocks of tokens is split where there are ``warps`` independent
+    warps, and the blocks of each. Segments cost another pass over the input, so there is one if that keeps a GPU
+    busy."""
+    if warps >= _FEW_WARPS or blocks < 8:
+        return 1, max(blocks, 1)
+    each = max(2, cdiv(blocks * warps, _ENOUGH_WARPS))
+    return cdiv(blocks, each), each
 
 
 def _dense(tensor):
@@ -36,14 +40,13 @@ def _dense(tensor):
 class Launch:
     """The shapes of one call, and the launch of kernels whose first arguments are those of the operator."""
 
-    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, tiling):
+    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps):
         (self.batch, self.L, self.D), (self.K, self.R), self.N = x.shape, dt.shape[2:], B.shape[3]
-        lanes, hold, self.num_warps = tiling
         self.output, self.chunks = C is not None, cdiv(self.L, chunk)
-        self.lanes = min(lanes, max(16, next_power_of_2(self.D)))
-        self.blocks = cdiv(self.D, self.lanes)
-        self.segments, self.each = _segments(self.batch * self.K * self.blocks * (1 if self.output else self.N),
-                                             self.chunks)
+        self.num_warps = min(warps, next_power_of_2(cdiv(self.D, 16)))
+        self.blocks = cdiv(self.D, 16 * self.num_warps)
+        programs = self.batch * self.K * self.blocks * (1 if self.output else self.N)
+        self.segments, self.each = _segments(programs * self.num_warps, cdiv(self.L, 8 * steps))
         # Images follow one another, so that the compiler knows how they are aligned.
         self.x, x_row = as_rows(x, 2)
         dt, B = _dense(dt), _dense(B)
@@ -55,11 +58,12 @@ class Launch:
             order_image = order.stride(0) if order.dim() == 3 else 0
         self.tensors = (self.x, dt, A.contiguous(), B, C, weight.contiguous(), bias.contiguous(),
                         None if skip is None else skip.contiguous(), order)
+        ranks = max(4, next_power_of_2(self.R))
+        slots = ranks * (2 if dt.dtype.itemsize == 2 and ranks > 4 else 4)  # half precision has no rest
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
                         C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
-                        dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), self.lanes,
-                        self.R <= hold, chunk // STEPS.value, self.output, skip is not None,
-                        order is not None)
+                        dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
+                        self.num_warps, steps, chunk, self.output, skip is not None, order is not None)
 
     def maps(self):
         """Memory for what segments do to states, or None where there is one segment."""
@@ -75,92 +79,229 @@ class Launch:
 
 
 @triton.jit
-def _then(a1, b1, ea1, eb1, a2, b2, ea2, eb2):
-    """The first map followed by the second; beside it, what leads up to the second."""
-    return a1 * a2, a2 * b1 + b2, ea2 * a1, ea2 * b1 + eb2
+def soft_step(v):
+    """``softplus(-v) / log(2)`` for ``v`` in units of log(2), good to 1e-6 of its value, however small it is:
+    exponentials are to base 2 here, and ``exp2(A * step)`` is the decay."""
+    u = exp2(tl.abs(v) * -1.0)
+    # log2(1 + u) / u on [0, 1], by least relative error
+    p = -0.012319473549723625 * u + 0.06360789388418198
+    p = ((p * u - 0.15535187721252441) * u + 0.2560097277164459) * u - 0.35339483618736267
+    p = ((p * u + 0.48006370663642883) * u - 0.7213100790977478) * u + 1.4426947832107544
+    return p * u - tl.minimum(v, 0.0)
 
 
 @triton.jit
-def multiply(a, b):
-    return a * b
+def slope_of(v):
+    """The derivative of ``softplus`` at ``-v`` for ``v`` in units of log(2)."""
+    return reciprocal(1 + exp2(v))
 
 
 @triton.jit
-def through_groups(a, b, REVERSE: tl.constexpr):
-    """Groups apply the maps ``h -> a h + b``, [groups, channels], one after the other, ``REVERSE`` from the last to the
-    first. Returns (a, b) of the map up to and with each group, and of the map up to each group without it."""
-    return tl.associative_scan((a, b, a * 0 + 1, b * 0), 0, _then, reverse=REVERSE)
-
-
-@triton.jit
-def state_before(maps, count, first, step, D: tl.constexpr, d, in_d, GROUPS: tl.constexpr):
-    """The state, [channels], that ``count`` segments leave behind, each a map ``h -> a h + b``; they start at segment
-    ``first`` and go by ``step``. ``maps``: (segments, 2, D)."""
-    h = d * 0.0
-    g = tl.arange(0, GROUPS)
-    for start in range(0, count, GROUPS):
-        place = maps + ((first + step * (start + g)).to(tl.int64) * 2 * D)[:, None] + d[None, :]
-        there = (start + g < count)[:, None] & in_d[None, :]
-        a = tl.load(place, mask=there, other=1.0)
-        b = tl.load(place + D, mask=there, other=0.0)
-        a, b, _, _ = through_groups(a, b, False)
-        h = tl.sum(tl.where((g == GROUPS - 1)[:, None], a * h[None, :] + b, 0.0), 0)
-    return h
-
-
-@triton.jit
-def hold_weights(weight, d, in_d, R: tl.constexpr, HOLD: tl.constexpr):
-    """Rows of the step projection as a tuple of [1, channels], if registers shall hold them."""
-    rows = ()
-    if HOLD:
-        for r in tl.static_range(R):
-            rows = rows + (tl.load(weight + d * R + r, mask=in_d, other=0.0).to(tl.float32)[None, :],)
-    return rows
-
-
-@triton.jit
-def project(dt, rows, bias, tokens, here, R: tl.constexpr, DT_ROW: tl.constexpr):
-    """``dt @ weight.T + bias`` at ``tokens``, [groups, channels], in units of log(2), by held weights."""
-    v = bias
-    for r in tl.static_range(R):
-        low = tl.load(dt + tokens * DT_ROW + r, mask=here, other=0.0).to(tl.float32) * LOG2_E
-        v = low[:, None] * rows[r] + v
-    return v
-
-
-@triton.jit
-def project_chunk(low, weights, GROUPS: tl.constexpr):
-    """``low @ weights.T``, [tokens, ranks] by [channels, ranks], as a tuple of four steps, [groups, channels]."""
-    v = tl.dot(low * LOG2_E, tl.trans(weights), input_precision='tf32x3')
-    v = tl.permute(tl.reshape(v, (GROUPS, 2, 2, weights.shape[0])), (0, 3, 2, 1))
-    first, second = tl.split(v)
-    v0, v1 = tl.split(first)
-    v2, v3 = tl.split(second)
-    return v0, v1, v2, v3
-
-
-@triton.jit
-def step_size(v):
-    """``softplus(v) / log(2)`` and ``exp(v)`` for ``v`` in units of log(2): exponentials and logarithms are to base 2
-    here, and ``exp2(A * step)`` is the decay. The step is good to 1e-6 of its value, however small it is."""
-    u = exp2(tl.minimum(v, 126.0))
-    # log2(1 + u) / u on [0, 1/4], by least relative error
-    small = -0.13296969 * u + 0.26198700
-    small = ((small * u - 0.35743658) * u + 0.48071464) * u - 0.72134366
-    small = small * u + LOG2_E
-    # Far above 0 the softplus is v itself, and never below it.
-    return tl.where(u < 0.25, small * u, tl.maximum(log2(1 + u), v)), u
+def split_tf32(x):
+    """``x`` as the sum of two numbers of which tensor cores read every digit, nearly."""
+    if _INTERPRETED:
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        return high, x - high
+    else:  # otherwise the compiler joins the difference with what comes before, which takes one instruction more
+        return tl.inline_asm_elementwise('and.b32 $0, $2, 0xffffe000; sub.f32 $1, $2, $0;', '=&f,=f,f', [x],
+                                         (tl.float32, tl.float32), True, 1)
 
 
 @triton.jit
 def load_tile(base, rows, columns, here, ROW: tl.constexpr, COUNT: tl.constexpr):
-    """``base[rows, columns]`` in float32, zero where a row is not ``here`` or a column not below ``COUNT``."""
+    """``base[rows, columns]``, zero where a row is not ``here`` or a column not below ``COUNT``."""
     mask = here[:, None] & (columns < COUNT)[None, :]
-    return tl.load(base + rows[:, None] * ROW + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(base + rows[:, None] * ROW + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def join_steps(steps, GROUPS: tl.constexpr):
-    """A tuple of four [groups, channels] as one [tokens, channels]."""
-    x = tl.join(tl.join(steps[0], steps[2]), tl.join(steps[1], steps[3]))
-    return tl.reshape(tl.permute(x, (0, 2, 3, 1)), (GROUPS * 4, steps[0].shape[1]))
+def product_channel(column):
+    """The channel whose product shall be in ``column`` of 16, so that it comes out where the thread holds it."""
+    return column % 8 // 2 * 4 + column // 8 * 2 + column % 2
+
+
+@triton.jit
+def load_projection(weight, bias, block, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
+                    WARPS: tl.constexpr):
+    """``dt_weight``, [warps, slots, 16], and ``dt_bias``, [warps, 1, 16], for ``project``, in units of log(2), with
+    the other sign: minus signs take instructions.
+
+    Tensor cores read eleven digits of a number. Slots of ranks have the weight's first, its others, its first again.
+    """
+    slot = tl.arange(0, SLOTS)[None, :, None]
+    warp = tl.arange(0, WARPS)[:, None, None]
+    d = (block * WARPS + warp) * 16 + product_channel(tl.arange(0, 16))[None, None, :]
+    rank = slot % RANKS
+    w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
+    high, rest = split_tf32(w)
+    bias = tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32) * -LOG2_E
+    return tl.where(slot // RANKS == 1, rest, high), bias
+
+
+@triton.jit
+def project(low, weights, bias, RANKS: tl.constexpr, STEPS: tl.constexpr):
+    """``-(dt @ dt_weight.T + dt_bias)`` in units of log(2), as a tuple of ``STEPS`` tensors [groups, warps, 16].
+
+    ``low``, [tokens, slots], has ``dt`` repeated for all slots, tokens in the order of ``rows_of_steps``.
+    """
+    WARPS: tl.constexpr = weights.shape[0]
+    part = tl.arange(0, low.shape[1])[None, :] // RANKS
+    high, rest = split_tf32(low)
+    low = tl.where(part < 2, high, tl.where(part == 2, rest, 0.0))
+    low = tl.broadcast_to(low[None, :, :], (WARPS, low.shape[0], low.shape[1]))
+    v = tl.dot(low, weights, tl.broadcast_to(bias, (WARPS, low.shape[1], 16)), input_precision='tf32')
+    v = tl.permute(tl.reshape(v, (WARPS, STEPS, 8, 2, 4, 2)), (2, 0, 4, 3, 5, 1))
+    return _unpack(tl.reshape(v, (8, WARPS, 16, STEPS)))
+
+
+@triton.jit
+def rows_of_steps(STEPS: tl.constexpr):
+    """Tokens as rows of a product: first steps of all groups, second steps, ..."""
+    row = tl.arange(0, GROUPS * STEPS)
+    return row // GROUPS, row % GROUPS
+
+
+@triton.jit
+def _unpack(x):
+    """The slices of the last dimension, 4 or 8, as a tuple."""
+    x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2))
+    even, odd = tl.split(x)
+    if x.shape[3] == 2:
+        v0, v2 = tl.split(even)
+        v1, v3 = tl.split(odd)
+        return v0, v1, v2, v3
+    else:
+        v0, v2, v4, v6 = _unpack(even)
+        v1, v3, v5, v7 = _unpack(odd)
+        return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def pack(steps):
+    """A tuple of four [groups, ..] as one [.., four, groups]."""
+    return tl.join(tl.join(steps[0], steps[2]), tl.join(steps[1], steps[3]))
+
+
+@triton.jit
+def to_product(steps):
+    """A tuple of four [groups, warps, 16] as one [warps, tokens, 16] to multiply, in the orders of ``rows_of_steps``
+    and ``product_channel``: the compiler has a thread multiply pairs of channels where it holds four."""
+    x = pack(steps)
+    x = tl.reshape(x, (GROUPS, x.shape[1], 4, 2, 2, 2, 2))
+    x = tl.permute(x, (1, 5, 6, 0, 3, 2, 4))
+    return tl.reshape(x, (x.shape[0], 4 * GROUPS, 16))
+
+
+@triton.jit
+def _swap(x, BIT: tl.constexpr):
+    """[groups, ..] with groups exchanged whose numbers differ in ``BIT`` alone."""
+    pairs = tl.reshape(x.to(tl.int32, bitcast=True), (GROUPS >> (BIT + 1), 2, 1 << BIT, x.shape[1], x.shape[2]))
+    # The exclusive or of both and one of them is the other; of all this, an exchange between threads remains.
+    return tl.reshape(tl.xor_sum(pairs, 1, keep_dims=True) ^ pairs, x.shape).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _is_late(BIT: tl.constexpr):
+    """Whether of two groups that ``_swap`` exchanges this is the later one."""
+    return (tl.arange(0, GROUPS)[:, None, None] >> BIT) % 2 == 1
+
+
+@triton.jit
+def through_groups(a, b, REVERSE: tl.constexpr = False):
+    """Groups apply the maps ``h -> a h + b``, [groups, warps, 16], one after the other, ``REVERSE`` from the last to
+    the first. Returns (a, b) of all of them together, and of the map up to each group without it."""
+    to_a = a * 0 + 1
+    to_b = b * 0
+    for BIT in tl.static_range(3):
+        late = _is_late(BIT) != REVERSE
+        other_a, other_b = _swap(a, BIT), _swap(b, BIT)
+        to_b = tl.where(late, to_a * other_b + to_b, to_b)
+        to_a = tl.where(late, to_a * other_a, to_a)
+        b = tl.where(late, a * other_b + b, other_a * b + other_b)
+        a = a * other_a
+    return a, b, to_a, to_b
+
+
+@triton.jit
+def both_ways(a, b, r):
+    """As ``through_groups`` for ``h -> a h + b`` from the first group to the last, and for ``g -> a g + r`` from the
+    last to the first. Returns (a, r) of all groups together, (a, b) up to each group, and (a, r) behind each."""
+    to_a = a * 0 + 1
+    to_b = b * 0
+    from_a = to_a
+    from_r = to_b
+    for BIT in tl.static_range(3):
+        late = _is_late(BIT)
+        other_a, other_b, other_r = _swap(a, BIT), _swap(b, BIT), _swap(r, BIT)
+        to_b = tl.where(late, to_a * other_b + to_b, to_b)
+        to_a = tl.where(late, to_a * other_a, to_a)
+        from_r = tl.where(late, from_r, from_a * other_r + from_r)
+        from_a = tl.where(late, from_a, from_a * other_a)
+        b = tl.where(late, a * other_b + b, other_a * b + other_b)
+        r = tl.where(late, other_a * r + other_r, a * other_r + r)
+        a = a * other_a
+    return a, r, to_a, to_b, from_a, from_r
+
+
+@triton.jit
+def state_before(maps, count, first, step, D: tl.constexpr, d, in_d):
+    """The state, [groups, warps, 16] with all groups alike, that ``count`` segments leave behind, each a map
+    ``h -> a h + b``; they start at segment ``first`` and go by ``step``. ``maps``: (segments, 2, D)."""
+    g = tl.arange(0, GROUPS)[:, None, None]
+    each = tl.cdiv(count, GROUPS)
+    a = tl.where(in_d & (g >= 0), 1.0, 1.0)
+    b = a * 0
+    for i in tl.range(0, each, num_stages=1, loop_unroll_factor=4):
+        there = (g * each + i < count) & in_d
+        place = maps + (first + step * (g * each + i)).to(tl.int64) * 2 * D + d
+        by = tl.load(place, mask=there, other=1.0)
+        b = by * b + tl.load(place + D, mask=there, other=0.0)
+        a *= by
+    return through_groups(a, b)[1]
+
+
+@triton.jit
+def places(order, start, runs, left, STEPS: tl.constexpr, ORDER: tl.constexpr):
+    """For each step, where the groups' tokens are, as rows behind that of ``start``, or with ``ORDER`` behind the
+    first; and whether they are."""
+    rows, here = (), ()
+    for s in tl.static_range(STEPS):
+        inside = runs + s < left
+        row = runs
+        if ORDER:
+            row = tl.load(order + start + runs + s, mask=inside, other=0).to(tl.int64)
+        rows, here = rows + (row,), here + (inside,)
+    return rows, here
+
+
+@triton.jit
+def load_steps(base, rows, here, d, in_d, ROW: tl.constexpr, ORDER: tl.constexpr):
+    """Elements ``d`` of the rows of each step, in their own precision."""
+    loaded = ()
+    for s in tl.static_range(len(rows)):
+        at = base + rows[s][:, None, None] * ROW + d
+        loaded = loaded + (tl.load(at + (0 if ORDER else s * ROW), mask=here[s][:, None, None] & in_d, other=0.0),)
+    return loaded
+
+
+@triton.jit
+def load_scalars(base, rows, here, ROW: tl.constexpr, ORDER: tl.constexpr):
+    """One element of the rows of each step, [groups, 1, 1]."""
+    loaded = ()
+    for s in tl.static_range(len(rows)):
+        at = base + rows[s] * ROW
+        loaded = loaded + (tl.load(at + (0 if ORDER else s * ROW), mask=here[s], other=0.0)[:, None, None],)
+    return loaded
+
+
+@triton.jit
+def widen(values):
+    """A tuple in float32. What a loop carries is widened first: halves take as many registers, and more work."""
+    wide = ()
+    for i in tl.static_range(len(values)):
+        value = values[i]
+        if value.dtype == tl.bfloat16 and value.shape[2] > 1 and not _INTERPRETED:  # both of a register at once
+            value = tl.inline_asm_elementwise('shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;', '=f,=f,r', [value],
+                                              tl.float32, True, 2)
+        wide = wide + (value.to(tl.float32),)
+    return wide
