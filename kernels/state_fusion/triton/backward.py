@@ -218,21 +218,22 @@ def _finish_tap(taps, kernels, alpha, grad_kernels, grad_D, shares, program, wor
 
 
 @triton.jit
-def _finish_C(parts, grad_C, program, blocks, places, PLACES: tl.constexpr):
-    """``grad_C`` from the ``blocks`` of channels."""
+def _finish_C(parts, grad_C, program, blocks, places, states, row, PLACES: tl.constexpr):
+    """``grad_C``, rows of ``states`` numbers, from the ``blocks`` of channels."""
     place = program * PLACES + tl.arange(0, PLACES)
     inside = place < places
     total = tl.zeros([PLACES], tl.float32)
     for _ in range(blocks):
         total += tl.load(parts + place, mask=inside, other=0.0)
         parts += places
+    place = (place // states).to(tl.int64) * row + place % states
     tl.store(grad_C + place, total.to(grad_C.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=['workers', 'dim', 'blocks', 'places'])
+@triton.jit(do_not_specialize=['workers', 'dim', 'blocks', 'places', 'states', 'row_gc'])
 def _finish_kernel(taps, kernel1, kernel3, kernel5, alpha, grad_kernel1, grad_kernel3, grad_kernel5, grad_D, shares,
-                   parts, grad_C, workers, dim, blocks, places, UNIT: tl.constexpr, WORKERS: tl.constexpr,
-                   CHANNELS: tl.constexpr, PLACES: tl.constexpr):
+                   parts, grad_C, workers, dim, blocks, places, states, row_gc, UNIT: tl.constexpr,
+                   WORKERS: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr):
     """The sums over programs. The first ones have a tap and some channels, the others some ``PLACES`` in ``grad_C``."""
     DIM = dim * UNIT
     first = 26 * tl.cdiv(DIM, CHANNELS)
@@ -240,25 +241,27 @@ def _finish_kernel(taps, kernel1, kernel3, kernel5, alpha, grad_kernel1, grad_ke
         _finish_tap(taps, (kernel1, kernel3, kernel5), alpha, (grad_kernel1, grad_kernel3, grad_kernel5), grad_D,
                     shares, tl.program_id(0), workers, DIM, WORKERS, CHANNELS)
     else:
-        _finish_C(parts, grad_C, tl.program_id(0) - first, blocks, places, PLACES)
+        _finish_C(parts, grad_C, tl.program_id(0) - first, blocks, places, states, row_gc, PLACES)
 
 
-def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha, tiles=None):
-    """Gradients of the eight tensors, in the dtype of each."""
+def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha, grad_C=None, tiles=None):
+    """Gradients of the eight tensors, in the dtype of each. ``grad_C``: where to put that of ``C``, rows of states
+    evenly spaced."""
     batch, height, width, d_state, dim = h.shape
     if x.numel() == 0:
         return [torch.zeros_like(t) for t in (h, C, x, D, kernel1, kernel3, kernel5, alpha)]
     if tiles is None:
         tiles = tiling('state_fusion backward', (dim, size_class(height), size_class(batch * width)), _TILINGS, h,
-                       lambda t: backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha, t))
+                       lambda t: backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha, grad_C, t))
     warps, programs = tiles
     D, *kernels, alpha = [t.contiguous() for t in (D, kernel1, kernel3, kernel5, alpha)]
-    grad_h, grad_C, grad_x = h.new_empty(h.shape), C.new_empty(C.shape), x.new_empty(x.shape)
+    grad_h, grad_x = h.new_empty(h.shape), x.new_empty(x.shape)
+    grad_C, row_gc = as_rows(C.new_empty(C.shape) if grad_C is None else grad_C, 3)
     grad_D, *grad_kernels, grad_alpha = [torch.empty_like(t) for t in (D, *kernels, alpha)]
     (h, row_h), (C, row_c), (x, row_x), (grad, row_g) = as_rows(h, 4), as_rows(C, 3), as_rows(x, 3), as_rows(grad, 3)
     row_h *= d_state
     pixels = batch * height * width
-    wide = is_wide(pixels, d_state * dim, row_h, row_c, row_x, row_g)
+    wide = is_wide(pixels, d_state * dim, row_h, row_c, row_x, row_g, row_gc)
     unit = unit_of(dim, row_h, row_x, row_g)
 
     lines, channels = tile_for(dim, warps)
@@ -272,13 +275,13 @@ def backward(grad, h, C, x, D, kernel1, kernel3, kernel5, alpha, tiles=None):
     for n in range(d_state):
         launch(_sums_kernel, (blocks * workers, 1, 1), grad, of_state(h, 3, n), of_state(C, 3, n), x, taps, grad_x,
                of_state(parts, -1, n), batch, height, width, strip, units, each, 1 + n * workers, dim // unit,
-               row_g // unit, row_h // unit, row_c, row_x // unit, d_state, unit, n == 0, lines, channels,
-               dim % channels > 0, wide, num_warps=warps)
+               row_g // unit, row_h // unit, row_c, row_x // unit, row_gc if blocks == 1 else d_state, unit, n == 0,
+               lines, channels, dim % channels > 0, wide, num_warps=warps)
 
     tap_programs, places = 26 * cdiv(dim, 64), pixels * d_state
     shares = taps.new_empty((tap_programs, 3))
     launch(_finish_kernel, (tap_programs + (cdiv(places, 1024) if blocks > 1 else 0), 1, 1), taps, *kernels, alpha,
-           *grad_kernels, grad_D, shares, parts, grad_C, d_state * workers, dim // unit, blocks, places, unit, 32,
-           64, 1024, num_warps=4)
+           *grad_kernels, grad_D, shares, parts, grad_C, d_state * workers, dim // unit, blocks, places,
+           d_state, row_gc, unit, 32, 64, 1024, num_warps=4)
     adjoint(grad, C, taps, grad_h, shares, grad_alpha, row_g, row_c, wide)
     return grad_h, grad_C, grad_x, grad_D, *grad_kernels, grad_alpha
