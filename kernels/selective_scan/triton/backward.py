@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from ..._core.triton_math import LN2, LOG2_E, exp2
-from ..._core.triton_support import cdiv, launch, next_power_of_2
+from ..._core.triton_support import as_rows, cdiv, launch, next_power_of_2
 from .blocks import (
     GROUPS,
     RUNTIME,
     Launch,
     both_ways,
     load_projection,
+    load_rate,
     load_scalars,
     load_steps,
     load_tile,
@@ -70,7 +71,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                    DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
                    C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
                    WARPS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr,
-                   SKIP: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
+                   SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, MAPS: tl.constexpr,
+                   SEGMENTED: tl.constexpr):
     """As ``_scan``, in reverse; a program takes all states in turn, with ``MAPS`` one. Blocks of tokens are chunks.
 
     Layouts: grad (batch, L, N or 1, D), dense; grad_x (batch, K, L, D); grad_delta, where the states' shares add up,
@@ -131,7 +133,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             skip_d = tl.load(skip + k * D + d, mask=in_d, other=0.0).to(tl.float32)
 
     for n in range(first_n, first_n + N // NS):
-        rate = tl.load(A + k * D * N + d * N + n, mask=in_d, other=0.0).to(tl.float32)
+        rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         grad_n = grad + (0 if OUTPUT else n * D)
         total = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         sum_rate = tl.zeros([GROUPS, WARPS, 16], tl.float32)
@@ -268,8 +270,8 @@ def _over_warps(parts, CHUNK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=['parts'])
-def _finish_parameters(sums, grad_A, grad_weight, grad_bias, grad_skip, parts, D: tl.constexpr, N: tl.constexpr,
-                       K: tl.constexpr, R: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr,
+def _finish_parameters(sums, A, grad_A, grad_weight, grad_bias, grad_skip, parts, D: tl.constexpr, N: tl.constexpr,
+                       K: tl.constexpr, R: tl.constexpr, SKIP: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
                        VALUES: tl.constexpr):
     """Add up ``sums`` (parts, K, R + 1 + N + 1, D) in a fixed order; a program has one parameter by some channels."""
     SUMS: tl.constexpr = R + 1 + N + (1 if SKIP else 0)
@@ -288,14 +290,18 @@ def _finish_parameters(sums, grad_A, grad_weight, grad_bias, grad_skip, parts, D
     elif which == R:
         tl.store(grad_bias + k * D + d, total, mask=in_d)
     elif which < R + 1 + N:
-        tl.store(grad_A + (k * D + d) * N + which - R - 1, total, mask=in_d)
+        place = (k * D + d) * N + which - R - 1
+        if LOG:
+            total *= load_rate(A + place, True, in_d)
+        tl.store(grad_A + place, total, mask=in_d)
     elif SKIP:
         tl.store(grad_skip + k * D + d, total, mask=in_d)
 
 
 @triton.jit(do_not_specialize=['L', 'images'])
 def _finish_tokens(token_sums, grad_dt, grad_B, grad_C, images, L, BLOCKS: tl.constexpr, N: tl.constexpr,
-                   K: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, VALUES: tl.constexpr):
+                   K: tl.constexpr, R: tl.constexpr, ROW_DT: tl.constexpr, ROW_B: tl.constexpr, ROW_C: tl.constexpr,
+                   COLUMNS: tl.constexpr, LANES: tl.constexpr, VALUES: tl.constexpr):
     """Add up ``token_sums`` (blocks of channels, batch, K, L, COLUMNS) in a fixed order."""
     token = tl.program_id(0) * VALUES + tl.arange(0, VALUES).to(tl.int64)
     column = tl.arange(0, LANES)
@@ -308,17 +314,19 @@ def _finish_tokens(token_sums, grad_dt, grad_B, grad_C, images, L, BLOCKS: tl.co
     image, k, t = token // L // K, token // L % K, token % L
     out = ((image * L + t) * K + k)[:, None]
     column = column[None, :]
-    tl.store(grad_dt + out * R + column, total, mask=inside & (column < R))
-    tl.store(grad_B + out * N + column - R, total, mask=inside & (column >= R) & (column < R + N))
-    tl.store(grad_C + out * N + column - R - N, total, mask=inside & (column >= R + N))
+    tl.store(grad_dt + out * ROW_DT + column, total, mask=inside & (column < R))
+    tl.store(grad_B + out * ROW_B + column - R, total, mask=inside & (column >= R) & (column < R + N))
+    tl.store(grad_C + out * ROW_C + column - R - N, total, mask=inside & (column >= R + N))
 
 
-def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk):
-    """Gradients of the eight tensors before ``order``, dense; None for those that are None."""
-    run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS, chunk // 8)
+def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, log=False, grad_dt=None, grad_B=None):
+    """Gradients of the eight tensors before ``order``; None for those that are None. ``log`` as in forward.
+    ``grad_dt``, ``grad_B``: where to put those of ``dt`` and ``B``, rows evenly spaced; all others are dense."""
+    run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS, chunk // 8, log)
     batch, L, D, K, N, R = run.batch, run.L, run.D, run.K, run.N, run.R
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-             for t in (x, dt, A, B, C, weight, bias, skip)]
+             for t in (x, dt if grad_dt is None else None, A, B if grad_B is None else None, C, weight, bias, skip)]
+    grads[1], grads[3] = grads[1] if grad_dt is None else grad_dt, grads[3] if grad_B is None else grad_B
     if not x.numel():
         return [None if g is None else g.zero_() for g in grads]
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_weight, grad_bias, grad_skip = grads
@@ -335,10 +343,11 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk):
     if maps is not None:
         run(_scan_backward, N, *buffers, maps=True)
     run(_scan_backward, 1, *buffers, maps=False)
-    launch(_finish_parameters, (cdiv(D, _VALUES), K * rows, 1), sums, grad_A, grad_weight, grad_bias, grad_skip,
-           parts, D, N, K, R, skip is not None, _ROWS, _VALUES)
+    launch(_finish_parameters, (cdiv(D, _VALUES), K * rows, 1), sums, run.tensors[2], grad_A, grad_weight, grad_bias,
+           grad_skip, parts, D, N, K, R, skip is not None, log, _ROWS, _VALUES)
     launch(_finish_tokens, (cdiv(batch * K * L, _VALUES), 1, 1), token_sums, grad_dt, grad_B,
-           grad_B if grad_C is None else grad_C, batch, L, run.blocks, N, K, R, columns,
+           grad_B if grad_C is None else grad_C, batch, L, run.blocks, N, K, R, as_rows(grad_dt, 3)[1],
+           as_rows(grad_B, 3)[1], N, columns,
            next_power_of_2(columns), _VALUES)
     if K * N > 1:
         grad_x = grad_x.squeeze(1) if K == 1 else grad_x.sum(1)

@@ -40,7 +40,7 @@ def _dense(tensor):
 class Launch:
     """The shapes of one call, and the launch of kernels whose first arguments are those of the operator."""
 
-    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps):
+    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log):
         (self.batch, self.L, self.D), (self.K, self.R), self.N = x.shape, dt.shape[2:], B.shape[3]
         self.output, self.chunks = C is not None, cdiv(self.L, chunk)
         self.num_warps = min(warps, next_power_of_2(cdiv(self.D, 16)))
@@ -63,7 +63,7 @@ class Launch:
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
                         C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
-                        self.num_warps, steps, chunk, self.output, skip is not None, order is not None)
+                        self.num_warps, steps, chunk, self.output, skip is not None, order is not None, log)
 
     def maps(self):
         """Memory for what segments do to states, or None where there is one segment."""
@@ -76,6 +76,15 @@ class Launch:
         programs = self.blocks * self.segments * self.batch * self.K * states
         launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, maps, self.segments > 1,
                num_warps=self.num_warps)
+
+
+@triton.jit
+def load_rate(A, LOG: tl.constexpr, mask):
+    """``A`` in float32, or with ``LOG`` the number whose opposite's logarithm is there."""
+    rate = tl.load(A, mask=mask, other=0.0).to(tl.float32)
+    if LOG:
+        rate = -exp2(rate * LOG2_E)
+    return rate
 
 
 @triton.jit

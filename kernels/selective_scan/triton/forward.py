@@ -9,6 +9,7 @@ from .blocks import (
     RUNTIME,
     Launch,
     load_projection,
+    load_rate,
     load_scalars,
     load_steps,
     load_tile,
@@ -49,7 +50,7 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
           X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
           C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.constexpr,
           STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr,
-          MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
+          LOG: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
     """One segment of one image and direction, ``16 * WARPS`` channels, and one state; all states with ``OUTPUT``.
 
     ``MAPS``: only what the segment does to a state, for the segments after it. Groups then walk far apart, so that they
@@ -91,7 +92,7 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
     count = each if MAPS else tl.minimum(each, tl.cdiv(L - first, BLOCK).to(tl.int32))
 
     for n in range(first_n, first_n + N // NS):
-        rate = tl.load(A + k * D * N + d * N + n, mask=in_d, other=0.0).to(tl.float32)
+        rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         h = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         total = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         if SEGMENTED and not MAPS:
@@ -158,10 +159,10 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
 _WARPS, _STEPS, _STEPS_IN_ORDER = 4, 8, 4
 
 
-def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk):
-    """``y`` and the state before each chunk; see ``ops.py``."""
+def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
+    """``y`` and the state before each chunk; see ``ops.py``. ``log``: ``A`` has logarithms, of the rates' opposites."""
     run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS,
-                 _STEPS if order is None else _STEPS_IN_ORDER)
+                 _STEPS if order is None else _STEPS_IN_ORDER, log)
     states = x.new_empty((run.batch, run.K, run.chunks, run.N, run.D), dtype=torch.float32)
     if not run.output:
         y = x.new_empty((run.batch, run.L, run.N, run.D))

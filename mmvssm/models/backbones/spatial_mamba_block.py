@@ -152,10 +152,10 @@ def _forward(x, branch, scale, scale2, eps, parameters, dtype, kept):
     u = conv.forward(u, conv_w, conv_b, False, True)
     p = F.linear(u.view(rows, inner), x_w).view(batch, length, 1, -1)
     dt, B, C = p.split((rank, d_state, d_state), -1)
-    A = torch.exp(A_logs.float()).neg_()
-    h, states = scan.forward(u.view(batch, length, inner), dt, A, B, None, dt_w, dt_b, None, None, chunk=CHUNK)
+    h, states = scan.forward(u.view(batch, length, inner), dt, A_logs, B, None, dt_w, dt_b, None, None, chunk=CHUNK,
+                             log=True)
     h = h.view(batch, height, width, d_state, inner)
-    keep(u, p, A, h, states)
+    keep(u, p, h, states)
     y = fusion.forward(h, C, u, Ds, k1, k3, k5, alpha)
     del u, h, states, p, dt, B, C
     g = gate.forward(y, z, norm_w, norm_b, eps[1]).view(rows, inner)
@@ -188,7 +188,7 @@ class _Block(torch.autograd.Function):
 
 
 @without_autocast
-def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, xz, u, p, A, h, states, y, g, o, n2, a,
+def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, xz, u, p, h, states, y, g, o, n2, a,
               in_w, x_w, out_w, fc1_w, fc2_w, *parameters):
     residual, conv, scan, fusion, gate, gelu = _rooms()
     (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
@@ -223,13 +223,15 @@ def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, 
     grad_y, _, *grads[16:18] = gate.backward(grad_g, y, z, norm_w, norm_b, eps[1], grad_z)
     del grad_g
     dt, B, C = p.split((rank, d_state, d_state), -1)
-    grad_h, grad_C, grad_u, *grads[11:16] = fusion.backward(grad_y, h, C, u, Ds, k1, k3, k5, alpha)
+    grad_p = torch.empty_like(p)
+    grad_dt, grad_B, grad_C = grad_p.split((rank, d_state, d_state), -1)
+    grad_h, _, grad_u, *grads[11:16] = fusion.backward(grad_y, h, C, u, Ds, k1, k3, k5, alpha, grad_C)
     del grad_y
-    more, grad_dt, grad_A, grad_B, _, *grads[8:10], _ = scan.backward(
-        grad_h, u.view(batch, length, inner), dt, A, B, None, dt_w, dt_b, None, None, states, chunk=CHUNK)
+    more, _, grads[10], _, _, *grads[8:10], _ = scan.backward(
+        grad_h, u.view(batch, length, inner), dt, A_logs, B, None, dt_w, dt_b, None, None, states, chunk=CHUNK,
+        log=True, grad_dt=grad_dt, grad_B=grad_B)
     del grad_h
-    grads[10] = grad_A * A
-    grad_p = torch.cat((grad_dt, grad_B, grad_C.to(p.dtype)), -1).view(rows, -1)
+    grad_p = grad_p.view(rows, -1)
     of_weight(X_PROJ, grad_p, u.view(rows, inner))
     grad_u = torch.addmm(grad_u.view(rows, inner).add_(more.view(rows, inner)), grad_p, x_w).view(u.shape)
     _, *grads[5:7] = conv.backward(grad_u, v, conv_w, conv_b, False, True, grad_v)
