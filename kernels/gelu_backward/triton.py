@@ -1,11 +1,15 @@
 """The kernels: a program walks down some columns, its sums stay in registers until the last row; a second kernel adds
 up those of all programs."""
+import functools
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 
+from .._core.partial_sums import add_up
 from .._core.triton_math import exp2, reciprocal
-from .._core.triton_support import as_rows, cdiv, launch
+from .._core.triton_support import as_rows, cdiv, launch, next_power_of_2
 
 _TILE = 1024  # numbers: 8 a thread, 16 bytes in half precision
 _WARPS = 4
@@ -35,15 +39,18 @@ def _normal(x):
 
 
 @triton.jit
-def _at(row, column, rows, STRIDE: tl.constexpr, DIM: tl.constexpr):
+def _at(row, column, rows, STRIDE, DIM):
     """Places of a tile in a tensor, and which exist."""
     return row.to(tl.int64)[:, None] * STRIDE + column[None, :], (row < rows)[:, None] & (column < DIM)[None, :]
 
 
-@triton.jit(do_not_specialize=['rows'])
-def _gelu_backward(grad, x, grad_x, y, partials, rows, DIM: tl.constexpr, GRAD_STRIDE: tl.constexpr,
-                   X_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
+@triton.jit(do_not_specialize=['rows', 'dim', 'grad_stride', 'x_stride'])
+def _gelu_backward(grad, x, grad_x, y, partials, rows, dim, grad_stride, x_stride, UNIT: tl.constexpr,
+                   BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
     """A program's sums go to its row of ``partials``, (programs, DIM)."""
+    DIM = dim * UNIT
+    GRAD_STRIDE = grad_stride * UNIT
+    X_STRIDE = x_stride * UNIT
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     step: tl.constexpr = BLOCK_R * UNROLL
@@ -66,10 +73,12 @@ def _gelu_backward(grad, x, grad_x, y, partials, rows, DIM: tl.constexpr, GRAD_S
     tl.store(partials + tl.program_id(1) * DIM + column, tl.sum(total, 0), mask=column < DIM)
 
 
-@triton.jit(do_not_specialize=['rows'])
-def _column_sums(x, partials, rows, DIM: tl.constexpr, STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
-                 BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
+@triton.jit(do_not_specialize=['rows', 'dim', 'stride'])
+def _column_sums(x, partials, rows, dim, stride, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+                 UNROLL: tl.constexpr):
     """As in :func:`_gelu_backward`."""
+    DIM = dim * UNIT
+    STRIDE = stride * UNIT
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     step: tl.constexpr = BLOCK_R * UNROLL
@@ -83,46 +92,45 @@ def _column_sums(x, partials, rows, DIM: tl.constexpr, STRIDE: tl.constexpr, BLO
     tl.store(partials + tl.program_id(1) * DIM + column, tl.sum(total, 0), mask=column < DIM)
 
 
-@triton.jit(do_not_specialize=['programs'])
-def _add_up(partials, sums, programs, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The sums over ``programs`` rows of ``partials``, always in the same order."""
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for start in range(0, programs, BLOCK_R):
-        place, mask = _at(start + tl.arange(0, BLOCK_R), column, programs, DIM, DIM)
-        total += tl.load(partials + place, mask=mask, other=0.0)
-    tl.store(sums + column, tl.sum(total, 0), mask=column < DIM)
-
-
-def _sum_by(kernel, rows, dim, unroll, tensors, strides):
-    """Run ``kernel`` on ``tensors`` of ``rows`` rows and add up what its programs leave. With ``unroll`` tiles at once
-    in half precision, half as many in float32."""
-    unroll = unroll * 2 // tensors[0].element_size()
+@functools.lru_cache
+def _plan(rows, dim, unroll):
+    """Blocks of columns and programs side by side; rows and columns of a tile."""
     # Columns side by side: as many as divide all of them, 128 to 512 bytes in half precision.
-    block_d = min(max(dim & -dim, 64), 256, 1 << (dim - 1).bit_length())
+    block_d = min(max(dim & -dim, 64), 256, next_power_of_2(dim))
     block_r = _TILE // block_d
     blocks = cdiv(dim, block_d)
-    programs = min(cdiv(rows, block_r * unroll), cdiv(_PROGRAMS, blocks))
-    partials = torch.empty((programs, dim), dtype=torch.float32, device=tensors[0].device)
-    launch(kernel, (blocks, programs, 1), *tensors, partials, rows, dim, *strides, block_r, block_d, unroll,
-           num_warps=_WARPS)
+    return blocks, min(cdiv(rows, block_r * unroll), cdiv(_PROGRAMS, blocks)), block_r, block_d
+
+
+def _sum_by(kernel, rows, dim, unroll, tensors, *strides):
+    """Run ``kernel`` on ``tensors`` of ``rows`` rows and add up what its programs leave. With ``unroll`` tiles at once
+    in half precision, half as many in float32."""
+    x = tensors[0]
+    unroll = unroll * 2 // x.element_size()
+    blocks, programs, block_r, block_d = _plan(rows, dim, unroll)
+    # In runtime arguments that count units: one compiled kernel serves all widths and still knows of the alignment.
+    unit = gcd(16, dim, *strides)
+    partials = x.new_empty(programs * dim, dtype=torch.float32)
+    launch(kernel, (blocks, programs, 1), *tensors, partials, rows, dim // unit, *[s // unit for s in strides], unit,
+           block_r, block_d, unroll, num_warps=_WARPS)
     sums = partials.new_empty(dim)
-    launch(_add_up, (cdiv(dim, 16), 1, 1), partials, sums, programs, dim, 256, 16, num_warps=4)
+    launch(add_up, (cdiv(dim, 16), 1, 1), partials, None, sums, programs, dim // unit, 0, unit, 256, 16, num_warps=4)
     return sums
 
 
 def gelu_backward(grad, x):
-    grad_x, y = x.new_empty(x.shape), x.new_empty(x.shape)
-    dim = x.shape[-1]
-    if not x.numel():
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty_like(grad_x)
+    dim, size = x.shape[-1], x.numel()
+    if not size:
         return grad_x, y, x.new_zeros(dim, dtype=torch.float32)
     (grad, grad_stride), (x, x_stride) = as_rows(grad, grad.dim() - 1), as_rows(x, x.dim() - 1)
-    return grad_x, y, _sum_by(_gelu_backward, x.numel() // dim, dim, 2, (grad, x, grad_x, y), (grad_stride, x_stride))
+    return grad_x, y, _sum_by(_gelu_backward, size // dim, dim, 2, (grad, x, grad_x, y), grad_stride, x_stride)
 
 
 def column_sums(x):
-    dim = x.shape[-1]
-    if not x.numel():
+    dim, size = x.shape[-1], x.numel()
+    if not size:
         return x.new_zeros(dim, dtype=torch.float32)
     x, stride = as_rows(x, x.dim() - 1)
-    return _sum_by(_column_sums, x.numel() // dim, dim, 4, (x,), (stride,))
+    return _sum_by(_column_sums, size // dim, dim, 4, (x,), stride)

@@ -5,61 +5,66 @@ them at once, so that many loads are under way and a row read serves up to three
 left and right the first-level cache has from other lanes. Lanes are numbered on from image to image, so that they fill
 a program's tile whatever the width. Programs go on to a few neighbouring tiles, with the weights in registers.
 """
+import functools
+
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import next_power_of_2
+from ..._core.triton_support import cdiv, next_power_of_2
 
 _SMALL = 2 ** 20
 
 
-def plan(x, each, threads):
+@functools.lru_cache
+def plan(batch, height, width, dim, each, threads):
     """How to cover the maps with about ``threads`` threads that each hold ``each`` channels of a lane.
 
     Returns:
-        tuple: the grid (blocks of channels, programs, 1); number of lanes; tiles of a program; rows and number of the
-        lanes in a tile; its channels; warps of a program.
+        tuple: the grid (blocks of channels, programs, 1); number of lanes; tiles of a program; whether the last block
+        of channels is partial, rows and number of the lanes in a tile, its channels; warps of a program.
     """
-    batch, height, width, dim = x.shape
     divisor = dim & -dim
     block_c = min(divisor if divisor >= 32 else next_power_of_2(dim), 128)
     warps = max(1, block_c // 32)  # as many threads as channels: Triton then has each weight read by one thread
     block_p = 32 * warps * each // block_c
-    rows = 4 if x.numel() >= _SMALL else 2
-    channel_blocks = -(-dim // block_c)
-    lanes = batch * -(-height // rows) * width
-    tiles = -(-lanes // block_p)
-    tiles_each = -(-tiles * channel_blocks * 32 * warps // threads)
-    return (channel_blocks, -(-tiles // tiles_each), 1), lanes, tiles_each, rows, block_p, block_c, warps
+    rows = 4 if batch * height * width * dim >= _SMALL else 2
+    channel_blocks = cdiv(dim, block_c)
+    lanes = batch * cdiv(height, rows) * width
+    tiles = cdiv(lanes, block_p)
+    tiles_each = cdiv(tiles * channel_blocks * 32 * warps, threads)
+    constants = dim % block_c > 0, rows, block_p, block_c
+    return (channel_blocks, cdiv(tiles, tiles_each), 1), lanes, tiles_each, constants, warps
 
 
 @triton.jit
-def place(tile, lanes, height, width, ROWS: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Of the lanes of a tile: the first pixel (int64), its row, which lanes exist, and which have a column to the
-    left and to the right; each (lanes, 1)."""
+def place(tile, lanes, height, width, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
+    """Of the lanes of a tile: the first pixel (int64 if ``WIDE``), its row, which lanes exist, and which have a column
+    to the left and to the right; each (lanes, 1)."""
     lane = (tile * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     across = lane // width
     column = lane - across * width
     groups = (height + ROWS - 1) // ROWS
     image = across // groups
     row = (across - image * groups) * ROWS
-    pixel = (image.to(tl.int64) * height + row) * width + column
+    if WIDE:
+        image = image.to(tl.int64)
+    pixel = (image * height + row) * width + column
     exists = lane < lanes
     return pixel, row, exists, exists & (column > 0), exists & (column + 1 < width)
 
 
 @triton.jit
-def channel_mask(channel, DIM: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Which channels exist, as a row to combine with a column of lanes."""
-    if DIM % BLOCK_C == 0:
-        mask = tl.full((1, BLOCK_C), True, tl.int1)
-    else:
+def channel_mask(channel, DIM, MASKED: tl.constexpr):
+    """Which channels exist, as a row to combine with a column of lanes. Unless ``MASKED`` all do."""
+    if MASKED:
         mask = (channel < DIM)[None, :]
+    else:
+        mask = tl.full((1, channel.shape[0]), True, tl.int1)
     return mask
 
 
 @triton.jit
-def load_taps(weight, channel, DIM: tl.constexpr, RESIDUAL: tl.constexpr):
+def load_taps(weight, channel, DIM, RESIDUAL: tl.constexpr):
     """The nine weights of ``channel``, row by row, each (1, channels); with ``RESIDUAL`` those of ``conv(x) + x``.
     """
     taps = ()
@@ -72,14 +77,13 @@ def load_taps(weight, channel, DIM: tl.constexpr, RESIDUAL: tl.constexpr):
 
 
 @triton.jit
-def load_around(here, row, height, width, left, middle, right, STRIDE: tl.constexpr, ROWS: tl.constexpr):
-    """The pixels of the lanes and those around them, zero outside of the maps: for each row from the one above to
-    the one below, (left, here, right)."""
+def load_around(x, at, row, height, down, left, middle, right, STRIDE, ROWS: tl.constexpr):
+    """The pixels of the lanes, which begin ``at`` some place in ``x``, and those around them, zero outside of the maps:
+    for each row from the one above to the one below, (left, here, right)."""
     pixels = ()
     for i in tl.static_range(ROWS + 2):
         exists = (row + (i - 1) >= 0) & (row + (i - 1) < height)
-        at = here + (i - 1) * width.to(tl.int64) * STRIDE
-        pixels = pixels + ((tl.load(at - STRIDE, mask=left & exists, other=0.0),
-                            tl.load(at, mask=middle & exists, other=0.0),
-                            tl.load(at + STRIDE, mask=right & exists, other=0.0)), )
+        pixels = pixels + ((tl.load(x + (at + ((i - 1) * down - 1) * STRIDE), mask=left & exists, other=0.0),
+                            tl.load(x + (at + (i - 1) * down * STRIDE), mask=middle & exists, other=0.0),
+                            tl.load(x + (at + ((i - 1) * down + 1) * STRIDE), mask=right & exists, other=0.0)), )
     return pixels

@@ -1,9 +1,13 @@
 """Its gradients: the moments are recomputed, the sums over rows stay in registers until a program's last row; a
 second kernel adds up those of all programs."""
+import functools
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 
+from ..._core.partial_sums import add_up
 from ..._core.triton_math import sigmoid
 from ..._core.triton_support import cdiv, launch, next_power_of_2
 from .rows import load, load_parameters, normalise, rows_of
@@ -54,26 +58,20 @@ def _kernel(grad, x, z, weight, bias, grad_x, grad_z, partials, rows, EPS: tl.co
     tl.store(partials + DIM, tl.sum(bias_sum, 0), mask=channel < DIM)
 
 
-@triton.jit(do_not_specialize=['programs'])
-def _add_up(partials, grad_weight, grad_bias, programs, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-            BLOCK_S: tl.constexpr):
-    """The sums over ``programs`` rows of ``partials``, always in the same order."""
-    column = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    total = tl.zeros((BLOCK_R, BLOCK_S), tl.float32)
-    for start in range(0, programs, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)[:, None]
-        total += tl.load(partials + row * (2 * DIM) + column[None, :],
-                         mask=(row < programs) & (column < 2 * DIM)[None, :], other=0.0)
-    total = tl.sum(total, 0)
-    tl.store(grad_weight + column, total.to(grad_weight.dtype.element_ty), mask=column < DIM)
-    tl.store(grad_bias + (column - DIM), total.to(grad_bias.dtype.element_ty),
-             mask=(column >= DIM) & (column < 2 * DIM))
+@functools.lru_cache
+def _plan(rows, dim):
+    """Programs, rows and channels of a tile, warps."""
+    block_d = next_power_of_2(dim)
+    warps = min(max(4, block_d // 256), 16)  # 8 numbers a thread
+    block_r = max(1, 256 * warps // block_d)
+    return min(cdiv(rows, block_r * _UNROLL), _WARPS // warps), block_r, block_d, warps
 
 
 def backward(grad, x, z, weight, bias, eps, grad_z=None):
     """Gradients of the four tensors. ``grad_z``: where to put that of ``z``, rows of channels evenly spaced."""
-    grad_x = x.new_empty(x.shape)
-    grad_z = z.new_empty(z.shape) if grad_z is None else grad_z
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if grad_z is None:
+        grad_z = torch.empty_like(z, memory_format=torch.contiguous_format)
     if not x.numel():
         return grad_x, grad_z, torch.zeros_like(weight), torch.zeros_like(bias)
     dim = x.shape[-1]
@@ -81,14 +79,12 @@ def backward(grad, x, z, weight, bias, eps, grad_z=None):
     (grad, grad_stride), (x, x_stride), (z, z_stride) = rows_of(grad), rows_of(x), rows_of(z)
     weight, bias = weight.contiguous(), bias.contiguous()
     grad_z_stride = grad_z.stride(-2) if grad_z.dim() > 1 else dim
-    block_d = next_power_of_2(dim)
-    warps = min(max(4, block_d // 256), 16)  # 8 numbers a thread
-    block_r = max(1, 256 * warps // block_d)
-    programs = min(cdiv(rows, block_r * _UNROLL), _WARPS // warps)
-    partials = x.new_empty((programs, 2 * dim), dtype=torch.float32)
+    programs, block_r, block_d, warps = _plan(rows, dim)
+    partials = x.new_empty(programs * 2 * dim, dtype=torch.float32)
     launch(_kernel, (programs, 1, 1), grad, x, z, weight, bias, grad_x, grad_z, partials, rows, eps, dim, grad_stride,
            x_stride, z_stride, grad_z_stride, block_r, block_d, _UNROLL, num_warps=warps)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-    launch(_add_up, (cdiv(2 * dim, 16), 1, 1), partials, grad_weight, grad_bias, programs, dim, 256, 16,
+    unit = gcd(16, dim)
+    launch(add_up, (cdiv(2 * dim, 16), 1, 1), partials, grad_weight, grad_bias, programs, dim // unit, 1, unit, 256, 16,
            num_warps=4)
     return grad_x, grad_z, grad_weight, grad_bias

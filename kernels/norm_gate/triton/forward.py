@@ -1,4 +1,7 @@
 """The gated LayerNorm: each row is read once and stays in registers."""
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
@@ -21,16 +24,23 @@ def _kernel(x, z, weight, bias, y, rows, EPS: tl.constexpr, DIM: tl.constexpr, X
     tl.store(y + row.to(tl.int64)[:, None] * DIM + channel[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
+@functools.lru_cache
+def _plan(rows, dim):
+    """Programs, rows and channels of a program, its warps."""
+    block_d = next_power_of_2(dim)
+    # A row within a warp needs no barrier. 16 numbers a thread; 32 rather than a second warp.
+    warps = 4 if block_d <= 256 else 1 if block_d <= 1024 else min(block_d // 512, 16)
+    block_r = max(1, 512 * warps // block_d)
+    return cdiv(rows, block_r), block_r, block_d, warps
+
+
 def forward(x, z, weight, bias, eps):
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel():
         dim = x.shape[-1]
         rows = y.numel() // dim
         (x, x_stride), (z, z_stride) = rows_of(x), rows_of(z)
-        block_d = next_power_of_2(dim)
-        # A row within a warp needs no barrier. 16 numbers a thread; 32 rather than a second warp.
-        warps = 4 if block_d <= 256 else 1 if block_d <= 1024 else min(block_d // 512, 16)
-        block_r = max(1, 512 * warps // block_d)
-        launch(_kernel, (cdiv(rows, block_r), 1, 1), x, z, weight.contiguous(), bias.contiguous(), y, rows, eps,
+        programs, block_r, block_d, warps = _plan(rows, dim)
+        launch(_kernel, (programs, 1, 1), x, z, weight.contiguous(), bias.contiguous(), y, rows, eps,
                dim, x_stride, z_stride, block_r, block_d, num_warps=warps)
     return y

@@ -1,9 +1,11 @@
 """The kernels of the backward pass and their launch: norm, convolution, sums of the parameters' gradients."""
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import as_rows, launch
+from ..._core.triton_support import as_rows, cdiv, launch
 from .tiles import (
     REGISTERS,
     add_branch,
@@ -32,21 +34,22 @@ def _norm_backward(grad_y, grad_n, x, branch, scale, conv_weight, conv_bias, nor
                    BRANCH_STRIDE: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
     """Recomputes ``y``; writes its gradient, and sums those of the norm's parameters."""
     channel = tl.arange(0, CHANNELS)
+    inside = (channel < DIM)[None, :] if DIM < CHANNELS else None
     w = load_taps(conv_weight, channel, DIM)
     bias, norm_w = load_channels(conv_bias, channel, DIM), load_channels(norm_weight, channel, DIM)
     down = width.to(tl.int64)
     sum_weight, sum_bias = tl.zeros([BLOCK, CHANNELS], tl.float32), tl.zeros([BLOCK, CHANNELS], tl.float32)
     begin = tl.program_id(0).to(squares.dtype) * share
     for first in range(begin, tl.minimum(begin + share, squares), BLOCK):
-        image, pixel, rows, columns = locate(first, squares, height, width, BLOCK)
-        u = load_window(x + pixel * X_STRIDE + channel[None, :], down, rows, columns, channel, DIM, X_STRIDE)
+        image, pixel, rows, columns = locate(first, squares, height, width, BLOCK, True)
+        u = load_window(x + pixel * X_STRIDE + channel[None, :], down, rows, columns, inside, X_STRIDE)
         added = branch
         if branch is not None:
-            added = load_window(branch + pixel * BRANCH_STRIDE + channel[None, :], down, rows, columns, channel, DIM,
+            added = load_window(branch + pixel * BRANCH_STRIDE + channel[None, :], down, rows, columns, inside,
                                 BRANCH_STRIDE)
         at = pixel * DIM + channel[None, :]
-        from_n = load_square(grad_n + at, down, rows, columns, channel, DIM, DIM)
-        from_y = load_square(grad_y + at, down, rows, columns, channel, DIM, DIM)
+        from_n = load_square(grad_n + at, down, rows, columns, inside, DIM)
+        from_y = load_square(grad_y + at, down, rows, columns, inside, DIM)
         factor = scale
         if scale is not None:
             factor = load_scale(scale, image, rows)
@@ -64,35 +67,39 @@ def _norm_backward(grad_y, grad_n, x, branch, scale, conv_weight, conv_bias, nor
         mean, along = row_means(slope, DIM), row_means(along, DIM)
         for i in tl.static_range(4):
             value = from_y[i].to(tl.float32) + rstd[i] * (slope[i] - mean[i] - normed[i] * along[i])
-            mask = masked(rows[1 + i // 2] & columns[1 + i % 2], channel, DIM)
+            mask = masked(rows[1 + i // 2] & columns[1 + i % 2], inside)
             tl.store(grad + at + (i // 2 * down + i % 2) * DIM, value, mask=mask)
     partial += tl.program_id(0) * (2 * DIM) + channel
     tl.store(partial, tl.sum(sum_weight, 0), mask=channel < DIM)
     tl.store(partial + DIM, tl.sum(sum_bias, 0), mask=channel < DIM)
 
 
-@triton.jit(do_not_specialize=['squares', 'share', 'height', 'width'])
+@triton.jit(do_not_specialize=['squares', 'share', 'height', 'width', 'dim', 'x_stride', 'branch_stride'])
 def _conv_backward(grad, x, branch, scale, conv_weight, grad_x, grad_branch, partial, squares, share, height, width,
-                   DIM: tl.constexpr, X_STRIDE: tl.constexpr, BRANCH_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-                   CHANNELS: tl.constexpr):
+                   dim, x_stride, branch_stride, UNIT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+                   CHANNELS: tl.constexpr, WIDE: tl.constexpr):
     """From the gradient of ``y`` to those of ``x`` and ``branch``; sums those of the taps and the bias. A pixel of
-    ``grad`` serves twice: times a tap it is part of the gradient of ``u``, times ``u`` of the tap's."""
+    ``grad`` serves twice: times a tap it is part of the gradient of ``u``, times ``u`` of the tap's. ``WIDE``: places
+    in the tensors need 64 bits."""
+    DIM = dim * UNIT
+    X_STRIDE = x_stride * UNIT
+    BRANCH_STRIDE = branch_stride * UNIT
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    FULL: tl.constexpr = CHANNELS if DIM % CHANNELS == 0 else DIM
+    inside = (channel < DIM)[None, :] if MASKED else None
     w = load_taps(conv_weight, channel, DIM)
-    down = width.to(tl.int64)
+    down = width.to(tl.int64) if WIDE else width
     sums = ()
     for _ in tl.static_range(10):
         sums = sums + (tl.zeros([BLOCK, CHANNELS], tl.float32),)
     begin = tl.program_id(0).to(squares.dtype) * share
     for first in range(begin, tl.minimum(begin + share, squares), BLOCK):
-        image, pixel, rows, columns = locate(first, squares, height, width, BLOCK)
+        image, pixel, rows, columns = locate(first, squares, height, width, BLOCK, WIDE)
         at = pixel * DIM + channel[None, :]
-        g = load_window(grad + at, down, rows, columns, channel, FULL, DIM)
-        u = load_square(x + pixel * X_STRIDE + channel[None, :], down, rows, columns, channel, FULL, X_STRIDE)
+        g = load_window(grad + at, down, rows, columns, inside, DIM)
+        u = load_square(x + (pixel * X_STRIDE + channel[None, :]), down, rows, columns, inside, X_STRIDE)
         added = branch
         if branch is not None:
-            added = load_square(branch + pixel * BRANCH_STRIDE + channel[None, :], down, rows, columns, channel, FULL,
+            added = load_square(branch + (pixel * BRANCH_STRIDE + channel[None, :]), down, rows, columns, inside,
                                 BRANCH_STRIDE)
         factor = scale
         if scale is not None:
@@ -106,7 +113,7 @@ def _conv_backward(grad, x, branch, scale, conv_weight, grad_x, grad_branch, par
                 value += result * w[tap]
                 new = new + (sums[tap] + result * u[i],)
             sums = new + (sums[9] + g[(i // 2 + 1) * 4 + i % 2 + 1],)
-            mask = masked(rows[1 + i // 2] & columns[1 + i % 2], channel, FULL)
+            mask = masked(rows[1 + i // 2] & columns[1 + i % 2], inside)
             to = at + (i // 2 * down + i % 2) * DIM
             tl.store(grad_x + to, value, mask=mask)
             if grad_branch is not None:
@@ -116,10 +123,11 @@ def _conv_backward(grad, x, branch, scale, conv_weight, grad_x, grad_branch, par
         tl.store(partial + i * DIM, tl.sum(sums[i], 0), mask=channel < DIM)
 
 
-@triton.jit(do_not_specialize=['norm_programs', 'conv_programs'])
+@triton.jit(do_not_specialize=['norm_programs', 'conv_programs', 'dim'])
 def _add_partial_sums(norm_partial, conv_partial, norm_weight, norm_bias, conv_weight, conv_bias, norm_programs,
-                      conv_programs, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                      conv_programs, dim, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """In fixed order: of one parameter, or tap of the weight, for a block of channels."""
+    DIM = dim * UNIT
     kind = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < DIM
@@ -138,7 +146,7 @@ def _add_partial_sums(norm_partial, conv_partial, norm_weight, norm_bias, conv_w
 
 
 @triton.jit
-def _add(partial, programs, mask, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _add(partial, programs, mask, STRIDE, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.arange(0, ROWS)
     at = partial[None, :] + row[:, None] * STRIDE
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -149,35 +157,34 @@ def _add(partial, programs, mask, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOC
 
 
 def backward(grad_y, grad_n, x, branch, scale, conv_weight, conv_bias, norm_weight, norm_bias, eps, branch_too):
-    def new(tensor):
-        return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-    batch, height, width, dim = x.shape
-    grad_x, grad_branch = new(x), new(branch) if branch_too else None
-    grad_parameters = new(norm_weight), new(norm_bias), new(conv_weight), new(conv_bias)
-    grads = grad_x, grad_branch, grad_parameters[2], grad_parameters[3], *grad_parameters[:2]
-    if x.numel() == 0:
-        for grad in grad_parameters:
-            if grad is not None:
-                grad.zero_()
-        return grads
-    x, x_stride = as_rows(x, 3)
-    branch_stride = dim
-    if branch is not None:
-        branch, branch_stride = as_rows(branch, 3)
+    new = torch.empty_like if x.numel() else torch.zeros_like
+    grad_x, grad_branch = torch.empty_like(x, memory_format=torch.contiguous_format), None
+    if branch_too and branch is not None:
+        grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     scale, conv_weight, conv_bias, norm_weight = map(dense, (scale, conv_weight, conv_bias, norm_weight))
+    grad_norm = new(norm_weight), new(norm_bias)
+    grad_conv = new(conv_weight), None if conv_bias is None else new(conv_bias)
+    if not x.numel():
+        return grad_x, grad_branch, *grad_conv, *grad_norm
+    batch, height, width, dim = x.shape
+    x, x_stride = as_rows(x, 3)
+    branch, branch_stride = (None, dim) if branch is None else as_rows(branch, 3)
     grid, squares, share, block, channels, warps = plan(batch, height, width, dim, NORM_PROGRAMS)
     grad = torch.empty_like(grad_x, dtype=torch.float32)
-    norm_partial = grad.new_empty((grid[0], 2, dim))
+    norm_partial = grad.new_empty(grid[0] * 2 * dim)
     launch(_norm_backward, grid, grad_y.contiguous(), grad_n.contiguous(), x, branch, scale, conv_weight, conv_bias,
            norm_weight, grad, norm_partial, squares, share, height, width, eps, dim, x_stride, branch_stride, block,
            channels, num_warps=warps, maxnreg=REGISTERS)
     norm_programs = grid[0]
     grid, squares, share, block, channels, warps = plan(batch, height, width, dim, CONV_PROGRAMS, CONV_ELEMENTS,
                                                         CONV_CHANNELS)
-    conv_partial = grad.new_empty((grid[0], 10, dim))
+    conv_partial = grad.new_empty(grid[0] * 10 * dim)
+    wide = batch * height * width * max(dim, x_stride, branch_stride) >= 2**31
+    # In runtime arguments that count units: one compiled kernel serves all widths and still knows of the alignment.
+    unit = gcd(16, dim, x_stride, branch_stride)
     launch(_conv_backward, grid, grad, x, branch, scale, conv_weight, grad_x, grad_branch, conv_partial, squares,
-           share, height, width, dim, x_stride, branch_stride, block, channels, num_warps=warps)
-    launch(_add_partial_sums, (12, -(-dim // 16), 1), norm_partial, conv_partial, *grad_parameters, norm_programs,
-           grid[0], dim, 256, 16, num_warps=8)
-    return grads
+           share, height, width, dim // unit, x_stride // unit, branch_stride // unit, unit, dim % channels > 0, block,
+           channels, wide, num_warps=warps)
+    launch(_add_partial_sums, (12, cdiv(dim, 16), 1), norm_partial, conv_partial, *grad_norm, *grad_conv,
+           norm_programs, grid[0], dim // unit, unit, 256, 16, num_warps=8)
+    return grad_x, grad_branch, *grad_conv, *grad_norm

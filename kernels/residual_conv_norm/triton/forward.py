@@ -27,17 +27,18 @@ def _forward(x, branch, scale, conv_weight, conv_bias, norm_weight, norm_bias, y
              EPS: tl.constexpr, DIM: tl.constexpr, X_STRIDE: tl.constexpr, BRANCH_STRIDE: tl.constexpr,
              BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
     channel = tl.arange(0, CHANNELS)
+    inside = (channel < DIM)[None, :] if DIM < CHANNELS else None
     w = load_taps(conv_weight, channel, DIM)
     bias = load_channels(conv_bias, channel, DIM)
     norm_w, norm_b = load_channels(norm_weight, channel, DIM), load_channels(norm_bias, channel, DIM)
     down = width.to(tl.int64)
     begin = tl.program_id(0).to(squares.dtype) * share
     for first in range(begin, tl.minimum(begin + share, squares), BLOCK):
-        image, pixel, rows, columns = locate(first, squares, height, width, BLOCK)
-        u = load_window(x + pixel * X_STRIDE + channel[None, :], down, rows, columns, channel, DIM, X_STRIDE)
+        image, pixel, rows, columns = locate(first, squares, height, width, BLOCK, True)
+        u = load_window(x + pixel * X_STRIDE + channel[None, :], down, rows, columns, inside, X_STRIDE)
         added = branch
         if branch is not None:
-            added = load_window(branch + pixel * BRANCH_STRIDE + channel[None, :], down, rows, columns, channel, DIM,
+            added = load_window(branch + pixel * BRANCH_STRIDE + channel[None, :], down, rows, columns, inside,
                                 BRANCH_STRIDE)
         factor = scale
         if scale is not None:
@@ -46,15 +47,16 @@ def _forward(x, branch, scale, conv_weight, conv_bias, norm_weight, norm_bias, y
         centred, rstd = moments(values, channel, EPS, DIM)
         at = pixel * DIM + channel[None, :]
         for i in tl.static_range(4):
-            mask = masked(rows[1 + i // 2] & columns[1 + i % 2], channel, DIM)
+            mask = masked(rows[1 + i // 2] & columns[1 + i % 2], inside)
             to = at + (i // 2 * down + i % 2) * DIM
             tl.store(y + to, values[i], mask=mask)
             tl.store(n + to, centred[i] * rstd[i] * norm_w + norm_b, mask=mask)
 
 
 def forward(x, branch, scale, conv_weight, conv_bias, norm_weight, norm_bias, eps):
-    y, n = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    if x.numel() == 0:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    n = torch.empty_like(y)
+    if not x.numel():
         return y, n
     batch, height, width, dim = x.shape
     x, x_stride = as_rows(x, 3)

@@ -34,9 +34,9 @@ def dense(parameter):
 
 
 @triton.jit
-def locate(first, squares, height, width, BLOCK: tl.constexpr):
-    """Of a tile of squares: the image of each, its first pixel, and which exist of the four rows and four columns
-    that a square and its neighbours cover. Nothing exists past the last square."""
+def locate(first, squares, height, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Of a tile of squares: the image of each, its first pixel (int64 if ``WIDE``), and which exist of the four rows
+    and four columns that a square and its neighbours cover. Nothing exists past the last square."""
     square = first + tl.arange(0, BLOCK)
     across, high = (width + 1) // 2, (height + 1) // 2
     row = square // across
@@ -47,35 +47,37 @@ def locate(first, squares, height, width, BLOCK: tl.constexpr):
     rows = ((exists & (y > 0))[:, None], exists[:, None], (exists & (y + 1 < height))[:, None],
             (exists & (y + 2 < height))[:, None])
     columns = (x > 0)[:, None], exists[:, None], (x + 1 < width)[:, None], (x + 2 < width)[:, None]
-    return image, ((image.to(tl.int64) * height + y) * width + x)[:, None], rows, columns
+    if WIDE:
+        image = image.to(tl.int64)
+    return image, ((image * height + y) * width + x)[:, None], rows, columns
 
 
 @triton.jit
-def masked(mask, channel, DIM: tl.constexpr):
-    """A mask of squares, and of the channels there are."""
-    if channel.shape[0] == DIM:
+def masked(mask, inside):
+    """A mask of squares, and which channels there are; None: all."""
+    if inside is None:
         return mask
     else:
-        return mask & (channel < DIM)[None, :]
+        return mask & inside
 
 
 @triton.jit
-def load_window(at, down, rows, columns, channel, DIM: tl.constexpr, STRIDE: tl.constexpr):
+def load_window(at, down, rows, columns, inside, STRIDE):
     """The squares at ``at`` and the pixels around them, row by row; zeros where there are none."""
     window = ()
     for i in tl.static_range(4):
         for j in tl.static_range(4):
-            mask = masked(rows[i] & columns[j], channel, DIM)
+            mask = masked(rows[i] & columns[j], inside)
             window = window + (tl.load(at + ((i - 1) * down + (j - 1)) * STRIDE, mask=mask, other=0),)
     return window
 
 
 @triton.jit
-def load_square(at, down, rows, columns, channel, DIM: tl.constexpr, STRIDE: tl.constexpr):
+def load_square(at, down, rows, columns, inside, STRIDE):
     """The squares at ``at``, zeros for pixels that do not exist."""
     pixels = ()
     for i in tl.static_range(4):
-        mask = masked(rows[1 + i // 2] & columns[1 + i % 2], channel, DIM)
+        mask = masked(rows[1 + i // 2] & columns[1 + i % 2], inside)
         pixels = pixels + (tl.load(at + (i // 2 * down + i % 2) * STRIDE, mask=mask, other=0),)
     return pixels
 
@@ -101,7 +103,7 @@ def add_branch(x, branch, scale):
 
 
 @triton.jit
-def load_channels(at, channel, DIM: tl.constexpr):
+def load_channels(at, channel, DIM):
     """A parameter with one element per channel, in float32; zeros if it is None."""
     if at is None:
         values = tl.zeros_like(channel).to(tl.float32)
@@ -111,7 +113,7 @@ def load_channels(at, channel, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_taps(weight, channel, DIM: tl.constexpr):
+def load_taps(weight, channel, DIM):
     """The nine taps, the one in the middle with the residual. They are read as they lie and then taken apart: threads
     that gathered theirs one by one would touch nine times as many cache lines."""
     tap = tl.arange(0, 16)
