@@ -216,6 +216,7 @@ def compile_launches(launches, device):
         with torch.cuda.device(device):
             kernel.warmup(*args, grid=grid, **options).run  # noqa: B018 (what starts the kernel is compiled, too)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    with ThreadPoolExecutor(max(1, processors // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))) as pool:
         for launch_ in different.values():
             pool.submit(compile_one, *launch_)  # what cannot be compiled says so when it is launched

@@ -3,7 +3,7 @@
 Each kernel has a default, so nothing is searched unless asked for: with ``MMVSSM_TUNE=1`` the first call of a class of
 shapes times all candidates, on its own tensors, and the fastest is kept in a file for later runs, with the switch or
 without. Tilings differ in the order of their sums, so results change in the last bits when one is found, and are equal
-from run to run before and after.
+from run to run before and after. Search in one process: several may find different ones.
 """
 import functools
 import json
@@ -34,7 +34,10 @@ def _choices(device):
     """Found tilings of GPU ``device`` by kernel and class of shapes."""
     file = _file(device)
     try:
-        return json.loads(file.read_text())
+        choices = json.loads(file.read_text())
+        if not isinstance(choices, dict) or not all(isinstance(tiles, list) for tiles in choices.values()):
+            raise ValueError('it has something else than lists by name')
+        return choices
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -90,10 +93,10 @@ def tiling(kernel, shape_class, candidates, tensor, run):
     device = _device(tensor)
     if device is None:
         return candidates[0]
-    key = kernel, shape_class, device
+    key = kernel, shape_class, tensor.dtype, device
     best = _known.get(key)
     if best is None:
-        name = f"{kernel} {' '.join(map(str, shape_class))}"
+        name = ' '.join(map(str, (kernel, *shape_class, tensor.dtype)))
         best = _stored(name, candidates, device)
         if best is None:
             if os.environ.get('MMVSSM_TUNE') != '1':
@@ -119,11 +122,12 @@ def _stored(name, candidates, device):
 
 
 def _search(name, candidates, device, run):
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device(device):
         times = {candidate: _milliseconds(lambda: run(candidate)) for candidate in candidates}  # noqa: B023
     best = min(times, key=times.get)
     print(f'mmvssm: {name}: tiling {best} takes {times[best]:.3f} ms, the default {times[candidates[0]]:.3f} ms',
           flush=True)
-    _choices(device)[name] = best
+    _choices.cache_clear()  # other processes may have found others
+    _choices(device)[name] = list(best)
     _save(device, _choices(device))
     return best

@@ -63,7 +63,9 @@ CASES = {case.name: case for case in (
     Case('K2-order_KL-int32', directions=2, order=2, order_dtype=torch.int32, output='y', d_state=3),
     Case('K4-order_BKL', directions=4, order=3, output='skip', d_state=3, length=130, dim=5),
     Case('K4-order_BKL-int32', directions=4, order=3, order_dtype=torch.int32, output='y', rank=1),
-    # One image and few channels: the sequence itself is split among threads.
+    # One image and few channels: the sequence itself is split among threads, or programs if it is long.
+    Case('segments', batch=1, length=530, dim=3),
+    Case('segments-order', batch=1, length=530, dim=3, order=1, output='skip'),
     Case('one_row', batch=1, length=200, dim=5),
     Case('one_row-K2', batch=1, length=200, dim=20, directions=2, order=2, output='skip', d_state=3),
     Case('one_row-y', batch=1, length=130, dim=1, output='y', steps='large'),

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round as GPUs do and to scan in bearable time."""
+"""Triton's interpreter, made to round as GPUs do."""
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -16,22 +16,6 @@ def cast(self, source, dtype):
     return interpreter.TensorHandle(np.where(is_nan, np.uint16(0x7fc0), rounded), dtype.scalar)
 
 
-def scan(self, tensors):
-    """Combine whole slices along the axis; the interpreter's own goes element by element."""
-    data = [tensor.handle.data for tensor in tensors]
-    results, total = [np.zeros_like(d) for d in data], ()
-    for i in range(data[0].shape[self.axis]):
-        place = (slice(None),) * self.axis + (i,)
-        step = tuple(self.to_tensor(d[place], t.dtype) for d, t in zip(data, tensors))
-        if i:
-            step = self.combine_fn.fn(*total, *step)
-        total = step if isinstance(step, tuple) else (step,)
-        for result, value in zip(results, total):
-            result[place] = value.handle.data
-    return [self.to_tensor(result, tensor.dtype) for result, tensor in zip(results, tensors)]
-
-
 def mend():
     interpreter.InterpreterBuilder.cast_impl = cast
     interpreter.InterpreterBuilder.create_fp_trunc = cast
-    interpreter.ScanOps.generic_scan = scan

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvssm.kernels import use_backend
+from mmvssm.kernels import BackendError, use_backend
 from mmvssm.kernels._core import triton_support
 from mmvssm.kernels.norm_gate.dispatch import BACKENDS
 from mmvssm.models.backbones import SpatialMamba
@@ -135,10 +135,12 @@ def test_frozen_parameters_get_no_gradient(monkeypatch, runs):
 
 
 @pytest.mark.parametrize('change', ['forward_hook', 'pre_hook', 'backward_hook', 'replaced', 'approximate_gelu', 'lora',
-                                    'subclass', 'parametrized'])
+                                    'subclass', 'parametrized', 'patched', 'bias'])
 def test_modules_run_where_that_could_be_told(runs, change):
-    block, args, seen = build(), inputs(torch.float32), []
+    block, args, seen = build(), inputs(torch.float32, size=(2, 2)), []
     mixer = block.self_attention
+    block(*args)
+    assert len(runs) == 1  # what is found out about a block does not outlast a change
     if change == 'forward_hook':
         mixer.out_proj.register_forward_hook(lambda *_: seen.append(1))
     elif change == 'pre_hook':
@@ -154,12 +156,18 @@ def test_modules_run_where_that_could_be_told(runs, change):
         block.mlp.fc1 = Seen(block.mlp.fc1, seen)
     elif change == 'subclass':
         block.__class__ = type('Other', (Block,), dict(convolve=lambda self, *a: seen.append(1) or Block.convolve(*a)))
+    elif change == 'patched':
+        forward = mixer.out_proj.forward
+        mixer.out_proj.forward = lambda x: seen.append(1) or forward(x)
+    elif change == 'bias':
+        mixer.out_proj.bias = nn.Parameter(torch.zeros(16, device=DEVICE))
+        seen.append(1)
     elif change == 'parametrized':
         nn.utils.parametrizations.weight_norm(mixer.in_proj)
         seen.append(1)
     outcome(block, args)
     assert seen
-    assert not runs
+    assert len(runs) == 1
 
 
 class Seen(nn.Module):
@@ -230,6 +238,59 @@ def test_all_is_compiled_before_the_first_pass():
         finally:
             knobs.compilation.listener = before
     assert not [source.name for source in compiled]
+
+
+@pytest.mark.parametrize(('change', 'error', 'message'), [
+    (dict(branch=lambda t: t[:, :1]), ValueError, 'branch has shape'),
+    (dict(branch=lambda t: t.long()), TypeError, 'branch has dtype torch.int64'),
+    (dict(scale=lambda t: torch.ones(1, device=DEVICE)), ValueError, 'scale has shape'),
+    (dict(x=lambda t: t.repeat(1, 1, 1, 2), branch=lambda t: t.repeat(1, 1, 1, 2)), ValueError,
+     'conv_weight has shape'),
+], ids=['branch', 'branch_dtype', 'scale', 'channels'])
+def test_bad_arguments_are_named(runs, change, error, message):
+    block, args = build(), dict(zip(('x', 'branch', 'scale'), inputs(torch.float32, size=(2, 3)), strict=True))
+    args.update({name: make(args[name]) for name, make in change.items()})
+    with pytest.raises(error, match=message):
+        block(**args)
+    assert not runs
+
+
+def test_only_the_branch_needs_a_gradient(monkeypatch, runs):
+    block, (x, branch, scale) = build().requires_grad_(False), inputs(torch.float32)
+    args = x.detach(), branch, scale
+    expected = one_by_one(monkeypatch, block, args)
+    got = outcome(block, args)
+    assert runs
+    assert got['grad_branch'] is not None
+    assert_same(got, expected, 1e-5)
+
+
+def test_another_backend_for_backward_is_refused():
+    x, branch, _ = build()(*inputs(torch.float32, size=(2, 2)))
+    with use_backend('torch'), pytest.raises(BackendError, match="'torch' is requested for the backward pass"):
+        (x.sum() + branch.sum()).backward()
+
+
+def test_no_second_derivative(runs):
+    x, branch, _ = inputs(torch.float32, size=(2, 2))
+    y, _, _ = build()(x, branch)
+    assert runs
+    grad, = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match='second derivatives'):
+        grad.square().sum().backward()
+
+
+def test_other_blocks_are_left_out_of_what_is_compiled_beforehand():
+    model = small()
+    expected = len(launches_for(model))
+    model.layers[1].blocks[0] = nn.Identity()
+    del model.layers[2].blocks[0]._modules['mlp']
+    nn.utils.parametrizations.weight_norm(model.layers[3].blocks[0].mlp.fc1)
+    assert 0 < len(launches_for(model)) < expected
+
+
+def launches_for(model):
+    return fused.launches_of(model.layers, torch.empty(1, 5, 5, 16, device=DEVICE), True)
 
 
 def test_other_backends_run_modules(runs):

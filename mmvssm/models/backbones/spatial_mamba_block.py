@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
-from mmvssm.kernels._core.backends import requested_backend
+from mmvssm.kernels._core.backends import BackendError, requested_backend
 from mmvssm.kernels._core.eager import is_plain
 from mmvssm.kernels._core.precision import without_autocast
 from mmvssm.kernels._core.triton_support import INTERPRETED, collect_launches, compile_launches, why_not_triton
+from mmvssm.kernels._core.vjp import no_second_derivative
 from mmvssm.kernels.selective_scan.ops import CHUNK
 
 from ..layers.depthwise import DepthwiseConv
@@ -55,58 +55,73 @@ _PLAIN = {torch.Tensor, nn.Parameter}
 
 @functools.cache
 def _kinds():
-    from .spatial_mamba import StateFusion, StructureAwareSSM
-    return (DepthwiseConv, nn.LayerNorm, StructureAwareSSM, DepthwiseConv, nn.LayerNorm, MLP, nn.Linear, DepthwiseConv,
-            StateFusion, nn.LayerNorm, nn.Linear, nn.Linear, nn.GELU, nn.Linear)
+    from .spatial_mamba import Block, StateFusion, StructureAwareSSM
+    return (Block, DepthwiseConv, nn.LayerNorm, StructureAwareSSM, DepthwiseConv, nn.LayerNorm, MLP, nn.Linear,
+            DepthwiseConv, StateFusion, nn.LayerNorm, nn.Linear, nn.Linear, nn.GELU, nn.Linear)
 
 
-def _modules_of(block):
-    own = _OF_BLOCK(block._modules)
-    return own + _OF_MIXER(own[2]._modules) + _OF_MLP(own[5]._modules)
+@functools.lru_cache
+def _shapes_of(dim, inner, rank, d_state, hidden):
+    """Of the parameters, in order."""
+    conv, wide_conv = ((dim, 1, 3, 3), (dim,)), ((inner, 1, 3, 3), (inner,))
+    norm = (dim,), (dim,)
+    return (*conv, *norm, (2 * inner, dim), *wide_conv, (rank + 2 * d_state, inner), (inner, rank), (inner,),
+            (inner, d_state), (inner,), *[wide_conv[0]] * 3, (3,), (inner,), (inner,), (dim, inner), *conv, *norm,
+            (hidden, dim), (hidden,), (dim, hidden), (dim,))
 
 
-class _Structure:
-    """What need not be looked at again while a block has the same modules."""
-
-    def __init__(self, block, modules):
-        from .spatial_mamba import Block
-        self.modules = modules
-        #: Whether these are the modules that the function stands in for.
-        self.standard = type(block) is Block and tuple(map(type, modules)) == _kinds() and modules[6].bias is None \
-            and modules[10].bias is None and modules[12].approximate == 'none'
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks,
-                                                           m._backward_pre_hooks)]
-
-    def parameters(self):
-        cpe1, ln_1, mixer, cpe2, ln_2, _, in_proj, conv, fusion, out_norm, out_proj, fc1, _, fc2 = (
-            m._parameters for m in self.modules)
-        return (*_BOTH(cpe1), *_BOTH(ln_1), in_proj['weight'], *_BOTH(conv), *_SCAN(mixer), *_FUSION(fusion),
-                *_BOTH(out_norm), out_proj['weight'], *_BOTH(cpe2), *_BOTH(ln_2), *_BOTH(fc1), *_BOTH(fc2))
-
-
-_structures = weakref.WeakKeyDictionary()
+def _parameters(block):
+    """The block's parameters in the order in which :func:`run` takes them. None if there is something else in it than
+    its own modules and parameters, or a hook, that would go unnoticed."""
+    if type(block) is not _kinds()[0]:
+        return None
+    try:
+        own = _OF_BLOCK(block._modules)
+        modules = own + _OF_MIXER(own[2]._modules) + _OF_MLP(own[5]._modules)
+        if tuple(map(type, modules)) != _kinds()[1:]:
+            return None
+        cpe1, ln_1, mixer, cpe2, ln_2, _, in_proj, conv, fusion, out_norm, out_proj, fc1, act, fc2 = modules
+        for m in modules:
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks \
+                    or 'forward' in m.__dict__:
+                return None
+        if act.approximate != 'none' or in_proj._parameters['bias'] is not None \
+                or out_proj._parameters['bias'] is not None or nn_module._has_any_global_hook():
+            return None
+        parameters = (*_BOTH(cpe1._parameters), *_BOTH(ln_1._parameters), in_proj._parameters['weight'],
+                      *_BOTH(conv._parameters), *_SCAN(mixer._parameters), *_FUSION(fusion._parameters),
+                      *_BOTH(out_norm._parameters), out_proj._parameters['weight'], *_BOTH(cpe2._parameters),
+                      *_BOTH(ln_2._parameters), *_BOTH(fc1._parameters), *_BOTH(fc2._parameters))
+        if not _PLAIN.issuperset(map(type, parameters)):
+            return None
+        (dim,), (inner, rank), (_, d_state), (hidden, _) = (parameters[i].shape for i in (1, 8, 10, FC1))
+    except (AttributeError, KeyError, ValueError):
+        return None
+    if tuple([p.shape for p in parameters]) != _shapes_of(dim, inner, rank, d_state, hidden):
+        return None
+    return parameters
 
 
 def parameters_of(block, x, branch, scale):
-    """The block's parameters in the order in which :func:`run` takes them. None if the modules must be called one by
-    one: another backend than Triton, a compiler, tracer or mode that wants to see operators, hooks on modules,
-    modules or parameters that were replaced."""
+    """The parameters for :func:`run`. None if the modules must be called one by one: another backend than Triton, a
+    compiler, tracer or mode that wants to see operators, other modules or hooks than the block's own, or
+    arguments that do not fit, which the modules report."""
     if requested_backend() not in (None, 'triton') or why_not_triton(x) is not None or not x.numel() \
             or not is_plain((x, branch, scale)):
         return None
-    try:
-        structure, modules = _structures.get(block), _modules_of(block)
-        if structure is None or structure.modules != modules:
-            structure = _structures[block] = _Structure(block, modules)
-        if not structure.standard or any(structure.hooks) or nn_module._has_any_global_hook():
-            return None
-        parameters = structure.parameters()
-    except KeyError:
+    parameters = _parameters(block)
+    device = x.get_device()
+    if parameters is None or {p.get_device() for p in parameters} != {device}:
         return None
-    if not _PLAIN.issuperset(map(type, parameters)) or {p.get_device() for p in parameters} != {x.get_device()}:
+    if x.dim() != 4 or x.shape[-1] != parameters[1].shape[0]:
+        return None
+    if branch is not None and (branch.shape != x.shape or branch.get_device() != device
+                               or not branch.is_floating_point()):
+        return None
+    if scale is not None and (branch is None or scale.shape != x.shape[:1] or scale.get_device() != device):
         return None
     if not torch.is_autocast_enabled(x.device.type) and any(parameters[i].dtype != x.dtype for i in _CAST):
-        return None  # an error of the user's, which the modules report
+        return None
     return parameters
 
 
@@ -182,9 +197,25 @@ class _Block(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y2, grad_out):
-        return _backward(grad_y2, grad_out, ctx.eps, ctx.needs_input_grad[6:], *ctx.saved_tensors)
+        if requested_backend() not in (None, 'triton'):
+            raise BackendError(f"backend '{requested_backend()}' is requested for the backward pass of a block of "
+                               "Spatial-Mamba that ran on 'triton'; request it for both passes")
+        with torch.no_grad():
+            grads = _backward(grad_y2, grad_out, ctx.eps, ctx.needs_input_grad[6:], *ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            grads = _Final.apply(torch.empty(0, requires_grad=True), *grads)
+        return grads
+
+
+class _Final(torch.autograd.Function):
+    """Gradients that have none of their own: PyTorch would take these for zero."""
+
+    @staticmethod
+    def forward(ctx, anchor, *grads):
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    backward = staticmethod(no_second_derivative('SpatialMamba'))
 
 
 @without_autocast
@@ -265,7 +296,8 @@ def run(block, x, branch, scale, scale2, parameters):
     """The result of ``block`` and the branch that is yet to be added to it; ``scale2`` is the stochastic depth of the
     mixer's branch."""
     eps, dtype = _epsilons(block), _precision(x)
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
+    if torch.is_grad_enabled() and (x.requires_grad or branch is not None and branch.requires_grad
+                                    or any(p.requires_grad for p in parameters)):
         return _Block.apply(x, branch, scale, scale2, eps, dtype, *parameters)
     return _forward(x, branch, scale, scale2, eps, parameters, dtype, None)
 
@@ -280,7 +312,7 @@ def compile_kernels(stages, x):
         return
     done = _compiled.setdefault(stages, set())
     case = x.device, x.dtype, _precision(x), torch.is_grad_enabled(), stages.training
-    if case not in done and parameters_of(stages[0].blocks[0], x, None, None):
+    if case not in done and len(stages[0].blocks) and parameters_of(stages[0].blocks[0], x, None, None):
         done.add(case)
         launches = launches_of(stages, x, torch.is_grad_enabled())
         print_log('SpatialMamba: the GPU kernels are compiled, or read from where Triton keeps them, before the first '
@@ -300,13 +332,15 @@ def launches_of(stages, x, backward):
         for stage in stages:
             seen, dropped = set(), False
             for i, block in enumerate(stage.blocks):
+                parameters = _parameters(block)
+                if parameters is None:
+                    continue
                 drops = block.drop_path.training and block.drop_path.drop_prob > 0
                 case, dropped = (i > 0, dropped, drops), drops
-                structure = _Structure(block, _modules_of(block))
-                if case in seen or not structure.standard:
+                if case in seen:
                     continue
                 seen.add(case)
-                parameters = [torch.empty_like(p, device='meta') for p in structure.parameters()]
+                parameters = [torch.empty_like(p, device='meta') for p in parameters]
                 shape, factor = (batch, height, width, parameters[0].shape[0]), meta(batch, dtype=torch.float32)
                 args = (meta(*shape, dtype=x.dtype), meta(*shape) if case[0] else None, factor if case[1] else None,
                         factor if drops else None)

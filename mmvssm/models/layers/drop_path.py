@@ -16,7 +16,8 @@ class DropPathScale(nn.Module):
         if not self.training or not self.drop_prob:
             return (None,) * branches
         keep = 1 - self.drop_prob
-        return torch.empty((branches, x.shape[0]), device=x.device).bernoulli_(keep).div_(keep).unbind()
+        factors = torch.empty((branches, x.shape[0]), dtype=torch.float32, device=x.device)
+        return factors.bernoulli_(keep).div_(keep).unbind()
 
 
 def add_branch(x, branch, scale):

@@ -59,5 +59,5 @@ class MLP(nn.Module):
 
 
 def _is_plain(module, kind):
-    return type(module) is kind and not (
+    return type(module) is kind and 'forward' not in module.__dict__ and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
