@@ -73,7 +73,8 @@ def test_tilings_that_no_longer_exist_are_forgotten(monkeypatch):
     assert choose(candidates=CANDIDATES[::2]) == CANDIDATES[0]
 
 
-@pytest.mark.parametrize('content', ['{', '{"scan 128 5 torch.float32": [1, 2, 3]}', '[1]', '{"scan": 4}'], ids=['broken', 'other', 'list', 'number'])
+@pytest.mark.parametrize('content', ['{', '{"scan 128 5 torch.float32": [1, 2, 3]}', '[1]', '{"scan": 4}'],
+                         ids=['broken', 'other', 'list', 'number'])
 def test_unusable_file(monkeypatch, content, recwarn):
     file = tuning._file(0)
     file.parent.mkdir()
