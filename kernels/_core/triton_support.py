@@ -34,12 +34,18 @@ def _why_not_device(index):
         if capability <= _NEWEST_TOO_OLD:
             return (f'{torch.cuda.get_device_name(index)} has compute capability '
                     f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer")
-        # With these Triton builds what starts a kernel, on the machine where it runs.
-        if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
-            return 'Triton needs a C compiler, and there is none: install gcc or clang, or set CC'
-        scheme = sysconfig.get_default_scheme().replace('posix_local', 'posix_prefix')  # as Triton looks for them
-        if not os.path.exists(os.path.join(sysconfig.get_paths(scheme)['include'], 'Python.h')):
-            return "Triton needs Python's headers, and they are missing: install python3-dev, or what has Python.h"
+        if triton.knobs.build.impl is None:
+            return _why_not_build()
+    return None
+
+
+def _why_not_build():
+    """Why Triton cannot build what starts a kernel, on the machine where it runs; or None."""
+    if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
+        return 'Triton needs a C compiler, and there is none: install gcc or clang, or set CC'
+    scheme = sysconfig.get_default_scheme().replace('posix_local', 'posix_prefix')  # as Triton looks for them
+    if not os.path.exists(os.path.join(sysconfig.get_paths(scheme)['include'], 'Python.h')):
+        return "Triton needs Python's headers, and they are missing: install python3-dev, or what has Python.h"
     return None
 
 

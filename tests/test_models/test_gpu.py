@@ -194,15 +194,15 @@ def test_checkpointing_saves_memory():
     assert peaks[1] < 0.85 * peaks[0]
 
 
-def test_no_kernel_is_compiled_for_another_size():
+def test_no_kernel_is_compiled_for_another_size(monkeypatch):
     """Multi-scale training compiles for the first image, not for each size."""
     knobs = pytest.importorskip('triton').knobs
     model, built = build(), []
     for height, width in [(256, 320), (272, 304), (257, 323), (304, 288), (288, 352)]:
         train_step(model, image(height, width), torch.bfloat16)
         if knobs.runtime.jit_post_compile_hook is None:
-            knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: built.append(kwargs['repr'])
-    knobs.runtime.jit_post_compile_hook = None
+            monkeypatch.setattr(knobs.runtime, 'jit_post_compile_hook',
+                                lambda *args, **kwargs: built.append(kwargs['repr']))
     assert built == []
 
 
