@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import importlib.util
+import math
 import operator
 import os
 import shutil
@@ -78,6 +79,12 @@ def cdiv(a, b):
 def next_power_of_2(n):
     """The least power of 2 that is not below ``n``."""
     return 1 << (n - 1).bit_length()
+
+
+def unit_of(*sizes):
+    """What the kernels count sizes in. They are runtime arguments, so that one compiled kernel serves all widths of a
+    network; multiplied by a constant unit they remain known to be aligned."""
+    return math.gcd(16, *sizes)
 
 
 def as_rows(tensor, dims=1):

@@ -15,10 +15,12 @@ def vjp(fn, args, grad):
     return [next(grads) if isinstance(a, torch.Tensor) and a.requires_grad else None for a in leaves]
 
 
-def no_second_derivative(op):
-    """The autograd formula of the backward of operator ``op``: PyTorch would take the derivative for zero."""
+def no_second_derivative(op, instead=None):
+    """The autograd formula of the backward of operator ``op``: PyTorch would take the derivative for zero. ``instead``:
+    what has it, the reference function unless said."""
 
     def raises(ctx, *grads):
-        raise NotImplementedError(f'{op}: second derivatives are not implemented; {op}_reference has them')
+        has_them = instead or f'{op}_reference'
+        raise NotImplementedError(f'{op}: second derivatives are not implemented; {has_them} has them')
 
     return raises

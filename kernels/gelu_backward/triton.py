@@ -1,7 +1,6 @@
 """The kernels: a program walks down some columns, its sums stay in registers until the last row; a second kernel adds
 up those of all programs."""
 import functools
-from math import gcd
 
 import torch
 import triton
@@ -9,7 +8,7 @@ import triton.language as tl
 
 from .._core.partial_sums import add_up
 from .._core.triton_math import exp2, reciprocal
-from .._core.triton_support import as_rows, cdiv, launch, next_power_of_2
+from .._core.triton_support import as_rows, cdiv, launch, next_power_of_2, unit_of
 
 _TILE = 1024  # numbers: 8 a thread, 16 bytes in half precision
 _WARPS = 4
@@ -109,7 +108,7 @@ def _sum_by(kernel, rows, dim, unroll, tensors, *strides):
     unroll = unroll * 2 // x.element_size()
     blocks, programs, block_r, block_d = _plan(rows, dim, unroll)
     # In runtime arguments that count units: one compiled kernel serves all widths and still knows of the alignment.
-    unit = gcd(16, dim, *strides)
+    unit = unit_of(dim, *strides)
     partials = x.new_empty(programs * dim, dtype=torch.float32)
     launch(kernel, (blocks, programs, 1), *tensors, partials, rows, dim // unit, *[s // unit for s in strides], unit,
            block_r, block_d, unroll, num_warps=_WARPS)

@@ -1,13 +1,11 @@
 """Gradients: of the value before the activation by the forward's kernel, of all else by a second, whose sums a
 third one adds up."""
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
 
 from ..._core.partial_sums import add_up
-from ..._core.triton_support import as_rows, cdiv, launch
+from ..._core.triton_support import as_rows, cdiv, launch, unit_of
 from .forward import convolve
 from .stencil import channel_mask, load_around, load_taps, place, plan
 
@@ -90,7 +88,7 @@ def backward(grad, x, weight, bias, residual, silu, grad_x=None):
     partials = x.new_empty(grid[1] * 10 * dim, dtype=torch.float32)
     grad_x_stride = grad_x.stride(2)
     wide = batch * height * width * max(dim, grad_stride, x_stride, extra_stride, grad_x_stride) >= 2**31
-    unit = gcd(16, dim, grad_stride, x_stride, extra_stride, grad_x_stride)
+    unit = unit_of(dim, grad_stride, x_stride, extra_stride, grad_x_stride)
     launch(_kernel, grid, grad, x, weight, extra, grad_x, partials, lanes, height, width, tiles, dim // unit,
            grad_stride // unit, x_stride // unit, extra_stride // unit, grad_x_stride // unit, unit,
            residual and not silu, *constants, wide, num_warps=warps)

@@ -1,12 +1,10 @@
 """The convolution, and by the same kernel the gradient before the activation."""
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
 
 from ..._core.triton_math import sigmoid
-from ..._core.triton_support import as_rows, launch
+from ..._core.triton_support import as_rows, launch, unit_of
 from .stencil import channel_mask, load_around, load_taps, place, plan
 
 _THREADS = 132 * 2560  # four or five for each that an H100 holds at a time
@@ -64,7 +62,7 @@ def convolve(x, weight, bias, grad, y, residual, silu):
     grad, grad_stride = (None, 0) if grad is None else as_rows(grad, 3)
     wide = batch * height * width * max(dim, x_stride, grad_stride) >= 2**31
     # In runtime arguments that count units: one compiled kernel serves all widths and still knows of the alignment.
-    unit = gcd(16, dim, x_stride, grad_stride)
+    unit = unit_of(dim, x_stride, grad_stride)
     launch(_kernel, grid, x, weight, bias, grad, y, lanes, height, width, tiles, dim // unit, x_stride // unit,
            grad_stride // unit, unit, residual, silu, *constants, wide, num_warps=warps)
 

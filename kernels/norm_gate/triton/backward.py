@@ -1,7 +1,6 @@
 """Its gradients: the moments are recomputed, the sums over rows stay in registers until a program's last row; a
 second kernel adds up those of all programs."""
 import functools
-from math import gcd
 
 import torch
 import triton
@@ -9,7 +8,7 @@ import triton.language as tl
 
 from ..._core.partial_sums import add_up
 from ..._core.triton_math import sigmoid
-from ..._core.triton_support import cdiv, launch, next_power_of_2
+from ..._core.triton_support import cdiv, launch, next_power_of_2, unit_of
 from .rows import load, load_parameters, normalise, rows_of
 
 _WARPS = 132 * 16  # as many as an H100 holds at a time
@@ -84,7 +83,7 @@ def backward(grad, x, z, weight, bias, eps, grad_z=None):
     launch(_kernel, (programs, 1, 1), grad, x, z, weight, bias, grad_x, grad_z, partials, rows, eps, dim, grad_stride,
            x_stride, z_stride, grad_z_stride, block_r, block_d, _UNROLL, num_warps=warps)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-    unit = gcd(16, dim)
+    unit = unit_of(dim)
     launch(add_up, (cdiv(2 * dim, 16), 1, 1), partials, grad_weight, grad_bias, programs, dim // unit, 1, unit, 256, 16,
            num_warps=4)
     return grad_x, grad_z, grad_weight, grad_bias

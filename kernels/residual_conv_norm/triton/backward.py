@@ -1,11 +1,9 @@
 """The kernels of the backward pass and their launch: norm, convolution, sums of the parameters' gradients."""
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import as_rows, cdiv, launch
+from ..._core.triton_support import as_rows, cdiv, launch, unit_of
 from .tiles import (
     REGISTERS,
     add_branch,
@@ -181,7 +179,7 @@ def backward(grad_y, grad_n, x, branch, scale, conv_weight, conv_bias, norm_weig
     conv_partial = grad.new_empty(grid[0] * 10 * dim)
     wide = batch * height * width * max(dim, x_stride, branch_stride) >= 2**31
     # In runtime arguments that count units: one compiled kernel serves all widths and still knows of the alignment.
-    unit = gcd(16, dim, x_stride, branch_stride)
+    unit = unit_of(dim, x_stride, branch_stride)
     launch(_conv_backward, grid, grad, x, branch, scale, conv_weight, grad_x, grad_branch, conv_partial, squares,
            share, height, width, dim // unit, x_stride // unit, branch_stride // unit, unit, dim % channels > 0, block,
            channels, wide, num_warps=warps)

@@ -8,7 +8,7 @@ programs of their own, whose outer columns are sums over the columns next to the
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import cdiv, launch
+from ..._core.triton_support import cdiv, launch, unit_of
 from ..._core.tuning import size_class, tiling
 from .stencil import (
     PREFETCHED,
@@ -25,7 +25,6 @@ from .stencil import (
     spread,
     strip_for,
     tile_for,
-    unit_of,
     widen,
 )
 

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import as_rows, cdiv, launch
+from ..._core.triton_support import as_rows, cdiv, launch, unit_of
 from ..._core.tuning import size_class, tiling
 from .adjoint import adjoint
 from .stencil import (
@@ -20,7 +20,6 @@ from .stencil import (
     spread,
     strip_for,
     tile_for,
-    unit_of,
     weights_of_taps,
     widen,
     widen_columns,

@@ -7,8 +7,6 @@ finished and another started. Nothing is read twice for being part of several ro
 The taps have an order of their own: those of dilation 2 k + 1 are 8 k to 8 k + 7, row by row without the centre; 24
 is the centre, common to all dilations; 25 is not a tap but the skip weight ``D``.
 """
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
@@ -28,12 +26,6 @@ def of_state(tensor, dim, n):
 def is_wide(pixels, *rows):
     """Whether places in tensors with so many pixels, so far apart, need 64 bits."""
     return pixels * max(rows) >= 2**31
-
-
-def unit_of(*sizes):
-    """What the kernels count sizes in. They are runtime arguments, so that one compiled kernel serves all widths of a
-    network; multiplied by a constant unit they remain known to be aligned."""
-    return gcd(16, *sizes)
 
 
 def tile_for(dim, num_warps):
