@@ -51,6 +51,8 @@ CASES = {case.name: case for case in (
     Case('dim_40', dim=40, output='y'),
     Case('rank_1', rank=1),
     Case('rank_6', rank=6, output='skip'),
+    Case('rank_33', rank=33, dim=20),
+    Case('rank_70-order', rank=70, output='skip', directions=2, order=2, dim=5),
     Case('d_state_3', d_state=3, dim=5, directions=1),
     Case('d_state_16', d_state=16, output='skip', length=70),
     Case('no_batch', batch=0, output='skip', directions=2),

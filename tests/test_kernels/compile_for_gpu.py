@@ -1,8 +1,9 @@
 """Compile an operator's Triton kernels for an H100, without one: ``compile_for_gpu.py OPERATOR CASE...``.
 
-Every launch of the cases' forward and backward passes, in bfloat16, is compiled instead of run, and reported as a
-line of JSON: case, kernel, registers that spill (bytes), and the widest load from memory (bytes of a thread). A number
-as case: the first of the cases with so many channels, all of them real and every row aligned, as in a network.
+Every launch of the cases' forward and backward passes, in bfloat16, or in float32 where a case is followed by
+``:float32``, is compiled instead of run, and reported as a line of JSON: case, kernel, registers that spill (bytes),
+shared memory (bytes), and the widest load from memory (bytes of a thread). A number as case: the first of the cases
+with so many channels, all of them real and every row aligned, as in a network.
 """
 import dataclasses
 import functools
@@ -26,7 +27,7 @@ ALIGNED = [['tt.divisibility', 16]]
 
 @functools.cache
 def compiled(kernel, arguments, options):
-    """PTX of ``kernel`` for ``arguments``: dtypes of tensors, ``'i32'`` for runtime integers, or (constant,)."""
+    """``kernel`` compiled for ``arguments``: dtypes of tensors, ``'i32'`` for runtime integers, or (constant,)."""
     signature, constants, attributes = {}, {}, {}
     for i, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
         if isinstance(argument, tuple):
@@ -36,7 +37,7 @@ def compiled(kernel, arguments, options):
             if argument in POINTERS:
                 attributes[i,] = ALIGNED
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(options)).asm['ptx']
+    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(options))
 
 
 def spilled(ptx, registers):
@@ -55,11 +56,12 @@ def report(kernel, grid, *args, case, **options):
     """Stands in for ``launch``."""
     arguments = tuple((a,) if parameter.is_constexpr or a is None else a.dtype if isinstance(a, torch.Tensor) else 'i32'
                       for parameter, a in zip(kernel.params, args, strict=True))
-    ptx = compiled(kernel, arguments, tuple(options.items()))
+    result = compiled(kernel, arguments, tuple(options.items()))
+    ptx = result.asm['ptx']
     widths = [int(bits) // 8 * int(count or 1)
               for count, bits in re.findall(r'(?:ld\.global|cp\.async\S*)\S*?(?:\.v(\d))?\.b(\d+)', ptx)]
     print(json.dumps(dict(case=case, kernel=kernel.__name__, spilled=spilled(ptx, options.get('maxnreg')),
-                          widest=max(widths, default=0))))
+                          shared=result.metadata.shared, widest=max(widths, default=0))))
 
 
 def main(op, *names):
@@ -71,9 +73,10 @@ def main(op, *names):
     for name in names:
         for module in modules:
             module.launch = functools.partial(report, case=name)
+        name, _, dtype = name.partition(':')
         case = dataclasses.replace(next(iter(cases.CASES.values())), dim=int(name)) if name.isdigit() \
             else cases.CASES[name]
-        tensors = cases.inputs(case, torch.bfloat16)
+        tensors = cases.inputs(case, getattr(torch, dtype or 'bfloat16'))
         for tensor in tensors.values():
             if tensor is not None and tensor.is_floating_point():
                 tensor.requires_grad_()

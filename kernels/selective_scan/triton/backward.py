@@ -10,6 +10,7 @@ from .blocks import (
     RUNTIME,
     Launch,
     both_ways,
+    load_bias,
     load_projection,
     load_rate,
     load_scalars,
@@ -19,6 +20,7 @@ from .blocks import (
     places,
     product_channel,
     project,
+    project_many,
     rows_of_steps,
     slope_of,
     soft_step,
@@ -26,6 +28,7 @@ from .blocks import (
     state_before,
     through_groups,
     to_product,
+    tokens_of_rows,
     widen,
 )
 
@@ -36,18 +39,16 @@ _ROWS, _VALUES = 32, 64
 
 
 @triton.jit
-def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, slot, R: tl.constexpr, X_ROW: tl.constexpr,
-          DT_ROW: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, GRAD_ROW: tl.constexpr,
-          STEPS: tl.constexpr, OUTPUT: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr):
+def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr,
+          SLOTS: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr,
+          GRAD_ROW: tl.constexpr, STEPS: tl.constexpr, OUTPUT: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr):
     """What a block of tokens takes as it is in memory: ``dt`` for ``project``, and by step ``grad``, ``C``, ``x`` and
     ``B``; nothing of the last two with ``MAPS``."""
     begin = 0 if ORDER else start
-    step, group = rows_of_steps(STEPS)
-    token = group * apart + step
-    here = token < left
-    if ORDER:
-        token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
-    low = load_tile(dt + begin * DT_ROW, token, slot, here, DT_ROW, R)
+    low = ()
+    if SLOTS:
+        token, here = tokens_of_rows(order, start, left, apart, STEPS, ORDER)
+        low = (load_tile(dt + begin * DT_ROW, token, tl.arange(0, SLOTS) % RANKS, here, DT_ROW, R),)
     rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
     grads = load_steps(grad + begin * GRAD_ROW, rows, here, d, in_d, GRAD_ROW, ORDER)
     cs, us, bs = (), (), ()
@@ -61,7 +62,7 @@ def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, slot, R: tl.con
 
 @triton.jit
 def _widen(low, grads, cs, us, bs):
-    return low.to(tl.float32), widen(grads), widen(cs), widen(us), widen(bs)
+    return (low[0].to(tl.float32),) if len(low) else low, widen(grads), widen(cs), widen(us), widen(bs)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -108,8 +109,9 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     sums += ((image * segs + seg) * K + k) * SUMS * D
     if ORDER:
         order += image * order_image + k * order_row
-    weights, bias = load_projection(weight, bias + k * D, block, D, R, RANKS, SLOTS, WARPS)
-    slot = tl.arange(0, SLOTS) % RANKS
+    bias = load_bias(bias + k * D, block, D, WARPS)
+    if SLOTS:
+        weights = load_projection(weight, block, D, R, RANKS, SLOTS, WARPS)
     g = tl.arange(0, GROUPS)[:, None, None]
     # Of the segment's tokens, a group has every GROUPS-th run of STEPS, or one run.
     apart = each * STEPS if MAPS else STEPS
@@ -141,8 +143,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         if SEGMENTED and not MAPS:
             carry = state_before(maps + (row * N + n) * segs * 2 * D, segs - 1 - seg, segs - 1, -1, D, d, in_d)
         start = first + (count - 1) * ahead
-        loaded = _load(x, dt, B + n, C + n, grad_n, order, start, (L - start).to(tl.int32), apart, d, in_d, slot, R,
-                       X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
+        loaded = _load(x, dt, B + n, C + n, grad_n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS,
+                       SLOTS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
         loaded = _widen(*loaded)
         for i in tl.range(0, count, num_stages=1):
             low, grads, cs, us, bs = loaded
@@ -151,9 +153,13 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             left = (L - start).to(tl.int32)
             # The block before is loaded while this one is worked on; before the first one, that one again.
             prior = first + tl.maximum(back - 1, 0) * ahead
-            following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d, slot,
-                              R, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
-            projected = project(low, weights, bias, RANKS, STEPS)
+            following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d,
+                              R, RANKS, SLOTS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
+            if SLOTS:
+                projected = project(low[0], weights, bias, RANKS, STEPS)
+            else:
+                projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS, STEPS,
+                                         ORDER)
             deltas, decays = (), ()
             for s in tl.static_range(STEPS):
                 step = soft_step(projected[s])

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._core.backends import BackendError
 from ..._core.triton_math import LOG2_E, exp2, reciprocal
 from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2
 
@@ -20,6 +21,10 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 #: Sequences are split where images, directions and blocks of channels alone give fewer warps than the first; into as
 #: many segments as make the second.
 _FEW_WARPS, _ENOUGH_WARPS = 500, 2112
+#: Above so many slots, see ``load_projection``, a program does not hold them: a thread has 255 registers.
+_MOST_SLOTS = 64
+#: Backward holds the ranks' sums.
+MOST_RANKS = 128
 
 
 def _segments(warps, blocks):
@@ -58,8 +63,12 @@ class Launch:
             order_image = order.stride(0) if order.dim() == 3 else 0
         self.tensors = (self.x, dt, A.contiguous(), B, C, weight.contiguous(), bias.contiguous(),
                         None if skip is None else skip.contiguous(), order)
+        if self.R > MOST_RANKS:
+            raise BackendError(f"selective_scan: 'triton' takes dt of rank 1 to {MOST_RANKS}, got {self.R}; use "
+                               "mmvssm.kernels.use_backend('torch')")
         ranks = max(4, next_power_of_2(self.R))
         slots = ranks * (2 if dt.dtype.itemsize == 2 and ranks > 4 else 4)  # half precision has no rest
+        slots = slots if slots <= _MOST_SLOTS else 0
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
                         C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
@@ -130,21 +139,32 @@ def product_channel(column):
 
 
 @triton.jit
-def load_projection(weight, bias, block, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
+def _product_channels(block, WARPS: tl.constexpr):
+    """The channels of a product's columns, [warps, 1, 16]."""
+    return (block * WARPS + tl.arange(0, WARPS)[:, None, None]) * 16 + product_channel(tl.arange(0, 16))[None, None, :]
+
+
+@triton.jit
+def load_bias(bias, block, D: tl.constexpr, WARPS: tl.constexpr):
+    """``dt_bias``, [warps, 1, 16], for ``project``, in units of log(2), with the other sign: minus signs take
+    instructions."""
+    d = _product_channels(block, WARPS)
+    return tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32) * -LOG2_E
+
+
+@triton.jit
+def load_projection(weight, block, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
                     WARPS: tl.constexpr):
-    """``dt_weight``, [warps, slots, 16], and ``dt_bias``, [warps, 1, 16], for ``project``, in units of log(2), with
-    the other sign: minus signs take instructions.
+    """``dt_weight``, [warps, slots, 16], for ``project``, in the units of ``load_bias``.
 
     Tensor cores read eleven digits of a number. Slots of ranks have the weight's first, its others, its first again.
     """
     slot = tl.arange(0, SLOTS)[None, :, None]
-    warp = tl.arange(0, WARPS)[:, None, None]
-    d = (block * WARPS + warp) * 16 + product_channel(tl.arange(0, 16))[None, None, :]
+    d = _product_channels(block, WARPS)
     rank = slot % RANKS
     w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
     high, rest = split_tf32(w)
-    bias = tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32) * -LOG2_E
-    return tl.where(slot // RANKS == 1, rest, high), bias
+    return tl.where(slot // RANKS == 1, rest, high)
 
 
 @triton.jit
@@ -159,6 +179,36 @@ def project(low, weights, bias, RANKS: tl.constexpr, STEPS: tl.constexpr):
     low = tl.where(part < 2, high, tl.where(part == 2, rest, 0.0))
     low = tl.broadcast_to(low[None, :, :], (WARPS, low.shape[0], low.shape[1]))
     v = tl.dot(low, weights, tl.broadcast_to(bias, (WARPS, low.shape[1], 16)), input_precision='tf32')
+    return _steps_of(v, STEPS)
+
+
+@triton.jit
+def project_many(dt, weight, bias, order, start, left, apart, block, D: tl.constexpr, R: tl.constexpr,
+                 ROW: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, ORDER: tl.constexpr):
+    """As ``project``, of ranks too many for a program to hold: sixteen after sixteen, from memory."""
+    token, here = tokens_of_rows(order, start, left, apart, STEPS, ORDER)
+    dt += (0 if ORDER else start) * ROW
+    d = _product_channels(block, WARPS)
+    v = tl.broadcast_to(bias, (WARPS, GROUPS * STEPS, 16))
+    for first in tl.range(0, R, 16, num_stages=1):
+        rank = first + tl.arange(0, 16)
+        low = load_tile(dt, token, rank, here, ROW, R).to(tl.float32)
+        low = tl.broadcast_to(low[None, :, :], (WARPS, GROUPS * STEPS, 16))
+        rank = rank[None, :, None]
+        w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
+        high, rest = split_tf32(w)
+        low_high, low_rest = split_tf32(low)
+        v = tl.dot(low_high, high, v, input_precision='tf32')
+        v = tl.dot(low_high, rest, v, input_precision='tf32')
+        if dt.dtype.element_ty == tl.float32:
+            v = tl.dot(low_rest, high, v, input_precision='tf32')
+    return _steps_of(v, STEPS)
+
+
+@triton.jit
+def _steps_of(v, STEPS: tl.constexpr):
+    """A product, [warps, tokens, 16], as a tuple of ``STEPS`` tensors [groups, warps, 16]."""
+    WARPS: tl.constexpr = v.shape[0]
     v = tl.permute(tl.reshape(v, (WARPS, STEPS, 8, 2, 4, 2)), (2, 0, 4, 3, 5, 1))
     return _unpack(tl.reshape(v, (8, WARPS, 16, STEPS)))
 
@@ -168,6 +218,17 @@ def rows_of_steps(STEPS: tl.constexpr):
     """Tokens as rows of a product: first steps of all groups, second steps, ..."""
     row = tl.arange(0, GROUPS * STEPS)
     return row // GROUPS, row % GROUPS
+
+
+@triton.jit
+def tokens_of_rows(order, start, left, apart, STEPS: tl.constexpr, ORDER: tl.constexpr):
+    """The tokens of ``rows_of_steps``, as ``places`` gives them, and whether they are there."""
+    step, group = rows_of_steps(STEPS)
+    token = group * apart + step
+    here = token < left
+    if ORDER:
+        token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
+    return token, here
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from .blocks import (
     GROUPS,
     RUNTIME,
     Launch,
+    load_bias,
     load_projection,
     load_rate,
     load_scalars,
@@ -15,25 +16,24 @@ from .blocks import (
     load_tile,
     places,
     project,
-    rows_of_steps,
+    project_many,
     soft_step,
     state_before,
     through_groups,
+    tokens_of_rows,
     widen,
 )
 
 
 @triton.jit
-def _load(x, dt, B, order, start, left, apart, d, in_d, slot, R: tl.constexpr, X_ROW: tl.constexpr,
-          DT_ROW: tl.constexpr, B_ROW: tl.constexpr, STEPS: tl.constexpr, ORDER: tl.constexpr):
+def _load(x, dt, B, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
+          X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, STEPS: tl.constexpr, ORDER: tl.constexpr):
     """What a block of tokens takes as it is in memory: ``dt`` for ``project``, and by step ``x`` and ``B``."""
     begin = 0 if ORDER else start
-    step, group = rows_of_steps(STEPS)
-    token = group * apart + step
-    here = token < left
-    if ORDER:
-        token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
-    low = load_tile(dt + begin * DT_ROW, token, slot, here, DT_ROW, R)
+    low = ()
+    if SLOTS:
+        token, here = tokens_of_rows(order, start, left, apart, STEPS, ORDER)
+        low = (load_tile(dt + begin * DT_ROW, token, tl.arange(0, SLOTS) % RANKS, here, DT_ROW, R),)
     rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
     return (low, load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER),
             load_scalars(B + begin * B_ROW, rows, here, B_ROW, ORDER))
@@ -41,7 +41,7 @@ def _load(x, dt, B, order, start, left, apart, d, in_d, slot, R: tl.constexpr, X
 
 @triton.jit
 def _widen(low, us, bs):
-    return low.to(tl.float32), widen(us), widen(bs)
+    return (low[0].to(tl.float32),) if len(low) else low, widen(us), widen(bs)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -73,8 +73,10 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
     x += image * L * X_ROW
     dt += image * dt_image + k * DT_K
     B += image * B_image + k * B_K
-    weights, bias = load_projection(weight + k * D * R, bias + k * D, block, D, R, RANKS, SLOTS, WARPS)
-    slot = tl.arange(0, SLOTS) % RANKS
+    weight += k * D * R
+    bias = load_bias(bias + k * D, block, D, WARPS)
+    if SLOTS:
+        weights = load_projection(weight, block, D, R, RANKS, SLOTS, WARPS)
     if OUTPUT:
         C += image * C_image + k * C_K
         y += row * L * D
@@ -97,17 +99,21 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
         total = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         if SEGMENTED and not MAPS:
             h = state_before(maps + (row * N + n) * segs * 2 * D, seg, 0, 1, D, d, in_d)
-        loaded = _load(x, dt, B + n, order, first, (L - first).to(tl.int32), apart, d, in_d, slot, R, X_ROW, DT_ROW,
-                       B_ROW, STEPS, ORDER)
+        loaded = _load(x, dt, B + n, order, first, (L - first).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, X_ROW,
+                       DT_ROW, B_ROW, STEPS, ORDER)
         loaded = _widen(*loaded)
         for i in tl.range(0, count, num_stages=1):
             low, us, bs = loaded
             start = first + i * ahead
             left = (L - start).to(tl.int32)
             # The next block is loaded while this one is worked on.
-            following = _load(x, dt, B + n, order, start + ahead, left - ahead, apart, d, in_d, slot, R, X_ROW, DT_ROW,
-                              B_ROW, STEPS, ORDER)
-            projected = project(low, weights, bias, RANKS, STEPS)
+            following = _load(x, dt, B + n, order, start + ahead, left - ahead, apart, d, in_d, R, RANKS, SLOTS,
+                              X_ROW, DT_ROW, B_ROW, STEPS, ORDER)
+            if SLOTS:
+                projected = project(low[0], weights, bias, RANKS, STEPS)
+            else:
+                projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS, STEPS,
+                                         ORDER)
             group_a = tl.full([GROUPS, WARPS, 16], 1.0, tl.float32)
             group_b = tl.zeros([GROUPS, WARPS, 16], tl.float32)
             decays, drives = (), ()
