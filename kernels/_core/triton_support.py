@@ -127,7 +127,6 @@ def _runtime():
 
 
 def _is_watched(hook):
-    """Whether a profiler waits for launches."""
     return hook is not None and getattr(hook, 'calls', True)
 
 
@@ -154,38 +153,59 @@ def launch(kernel, grid, *args, **options):
     if INTERPRETED:
         kernel[grid](*args, **options)
         return
-    tensors, numbers, constants = _signatures.get(id(kernel)) or _signature(kernel)
+    tensors = (_signatures.get(id(kernel)) or _signature(kernel))[0]
     device = args[tensors[0]].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, grid, *args, **options)
         return
-    key, values, addresses, largest = [id(kernel), device, constants(args)], list(args), 0, 0
+    values = list(args)
     for i in tensors:
-        tensor = values[i]
-        if tensor is None:
-            key.append(None)
-        else:
-            values[i] = address = tensor.data_ptr()
-            addresses |= address
-            key.append(tensor.dtype)
-    for i in numbers:
-        largest |= values[i]
-    if addresses & 15 or largest >> 31:  # seldom: which of them are not aligned, or need 64 bits
-        key += [values[i] is not None and values[i] & 15 > 0 for i in tensors]
-        key += [values[i] >> 31 > 0 for i in numbers]
-    key = (*key, *options.values())
+        if values[i] is not None:
+            values[i] = values[i].data_ptr()
+    key = _key(kernel, args, values, options, device)
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **options)
         _compiled[key] = compiled, *_starter(compiled)
         return
     compiled, start, first = found
-    runtime = _runtime()
-    if _is_watched(runtime.launch_enter_hook) or _is_watched(runtime.launch_exit_hook):
+    if watched():
         compiled[grid](*args)
     else:
         start(*grid, torch._C._cuda_getCurrentRawStream(device), *first, *values)
+
+
+def _key(kernel, args, values, options, device):
+    """What the code depends on, in a call with ``args`` of which ``values`` has tensors' addresses."""
+    tensors, numbers, constants = _signatures.get(id(kernel)) or _signature(kernel)
+    key, addresses, largest = [id(kernel), device, constants(args)], 0, 0
+    for i in tensors:
+        if values[i] is None:
+            key.append(None)
+        else:
+            addresses |= values[i]
+            key.append(args[i].dtype)
+    for i in numbers:
+        largest |= values[i]
+    if addresses & 15 or largest >> 31:  # seldom: which of them are not aligned, or need 64 bits
+        key += [values[i] is not None and values[i] & 15 > 0 for i in tensors]
+        key += [values[i] >> 31 > 0 for i in numbers]
+    return (*key, *options.values())
+
+
+def started(kernel, args, values, options, device):
+    """What starts ``kernel``, and what that wants before the arguments, if :func:`launch` has had such a call on
+    ``device``; else None. ``values``: ``args`` with addresses in the place of tensors, or what is left of them when
+    divided by 16."""
+    found = _compiled.get(_key(kernel, args, values, options, device.index))
+    return found and found[1:]
+
+
+def watched():
+    """Whether a profiler waits for launches."""
+    runtime = _runtime()
+    return _is_watched(runtime.launch_enter_hook) or _is_watched(runtime.launch_exit_hook)
 
 
 class _Local(threading.local):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvssm.kernels import BackendError, use_backend
 from mmvssm.kernels._core import triton_support
+from mmvssm.kernels._core.replay import Recording, Recordings
 from mmvssm.kernels.norm_gate.dispatch import BACKENDS
 from mmvssm.models.backbones import SpatialMamba
 from mmvssm.models.backbones import spatial_mamba_block as fused
@@ -298,3 +299,44 @@ def test_other_backends_run_modules(runs):
     with use_backend('torch'):
         block(*args)
     assert not runs
+
+
+@pytest.fixture
+def repeats(monkeypatch):
+    """Recordings are made as soon as all kernels have run; how often they ran, by what they compute."""
+    calls, run = [], Recording.__call__
+    monkeypatch.setattr(fused, '_recordings', Recordings(before=0 if DEVICE == 'cpu' else 1))
+    monkeypatch.setattr(Recording, '__call__', lambda self, inputs: calls.append(len(inputs)) or run(self, inputs))
+    return calls
+
+
+@pytest.mark.parametrize(('dtype', 'autocast', 'options', 'drop_path'), [
+    (torch.float32, False, dict(), 0.),
+    (torch.float32, False, dict(scale=[0., 2.]), 0.5),
+    (torch.bfloat16, False, dict(size=(1, 1)), 0.),
+    (torch.float32, True, dict(branch=False), 0.5),
+    (torch.float32, True, dict(scale=[0., 2.]), 0.5),
+], ids=['fp32', 'drop_path', 'bf16-1x1', 'first-autocast', 'autocast'])
+def test_repeated_is_the_same(monkeypatch, repeats, dtype, autocast, options, drop_path):
+    block = build(torch.float32 if autocast else dtype, 1, drop_path)
+    args = inputs(dtype, autocast, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, '_recordings', Recordings(before=1000))
+        expected = outcome(block, args, autocast)
+        assert not repeats
+    for _ in range(2 if DEVICE == 'cpu' else 3):
+        assert_same(outcome(block, args, autocast), expected, 0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is read before it is written is NaN
+    try:
+        assert_same(outcome(block, args, autocast), expected, 0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(repeats) >= 6  # forward and backward
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        repeats.clear()
+        for _ in range(2):
+            x, branch, _ = block.eval()(*args)
+        assert repeats
+    if not drop_path:
+        assert torch.equal(x, expected['x'])
+        assert torch.equal(branch, expected['branch'])

@@ -18,6 +18,7 @@ from torch.nn.modules import module as nn_module
 from mmvssm.kernels._core.backends import BackendError, requested_backend
 from mmvssm.kernels._core.eager import is_plain
 from mmvssm.kernels._core.precision import without_autocast
+from mmvssm.kernels._core.replay import Recording, Recordings, can_repeat
 from mmvssm.kernels._core.triton_support import INTERPRETED, collect_launches, compile_launches, why_not_triton
 from mmvssm.kernels._core.vjp import no_second_derivative
 from mmvssm.kernels.selective_scan.ops import CHUNK
@@ -139,7 +140,7 @@ def _product(a, b, dtype):
     """``a @ b`` in ``dtype``, rounded once if PyTorch can."""
     if a.dtype == dtype:
         return torch.mm(a, b)
-    if _WIDE_PRODUCTS and dtype == torch.float32 and a.is_cuda:
+    if _WIDE_PRODUCTS and dtype == torch.float32 and (a.is_cuda or a.is_meta and not INTERPRETED):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
 
@@ -186,14 +187,85 @@ def _forward(x, branch, scale, scale2, eps, parameters, dtype, kept):
     return y, F.linear(a, fc2_w, fc2_b).view(x.shape)
 
 
+_recordings = Recordings()
+
+
+def _case(x, branch, scale, scale2, eps, dtype, parameters):
+    """All that a recording depends on. None if there can be none: it takes dense tensors in aligned memory."""
+    if not can_repeat(x.device):
+        return None
+    addresses = 0
+    for tensor in (x, *parameters) if branch is None else (x, branch, *parameters):
+        if not tensor.is_contiguous():
+            return None
+        addresses |= tensor.data_ptr()
+    if addresses & 15:
+        return None
+    return (x.shape, parameters[8].shape, parameters[10].shape, parameters[FC1].shape, x.dtype, dtype, eps, x.device,
+            branch is not None and branch.dtype, _unaligned(scale), _unaligned(scale2), *[p.dtype for p in parameters])
+
+
+def _unaligned(scale):
+    return None if scale is None else scale.data_ptr() & 15 > 0
+
+
+def _saving_is_watched():
+    """Whether hooks see what is saved for backward: checkpointing wants the same tensors in both of its passes."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _like(tensors):
+    return [None if t is None else torch.empty_like(t, device='meta') for t in tensors]
+
+
+def _recorded_forward(case, inputs, eps, dtype, keeps):
+    """The recording of ``_forward`` for ``inputs``, which are x, branch, scale, scale2 and parameters; or None."""
+    def forward(*inputs):
+        kept = [] if keeps else None
+        results = _forward(*inputs[:4], eps, inputs[4:], dtype, kept)
+        return results, kept or []
+
+    def record():
+        return Recording(forward, _like(inputs), inputs[0].device, [i for i in (2, 3) if _unaligned(inputs[i])])
+
+    return case and _recordings.get((case, keeps), record)
+
+
+def _recorded_backward(case, recorded, inputs, eps, needed):
+    """The recording of ``_backward`` that follows the one ``recorded``, or None. ``inputs``: the gradients, those of
+    ``recorded``, and the memory that it kept."""
+    def backward(grad_y2, grad_out, *inputs):
+        *inputs, kept = inputs
+        grads = _backward.__wrapped__(grad_y2, grad_out, eps, needed, *inputs[:4],
+                                      *recorded.tensors_kept(inputs, kept), *inputs[4:])
+        return grads, []
+
+    def record():
+        return Recording(backward, _like(inputs), inputs[0].device, [i for i in (4, 5) if _unaligned(inputs[i])])
+
+    if not all(grad.is_contiguous() and not grad.data_ptr() & 15 for grad in inputs[:2]):
+        return None
+    return _recordings.get((case, needed, inputs[0].dtype, inputs[1].dtype), record)
+
+
 class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, branch, scale, scale2, eps, dtype, *parameters):
+        inputs = x, branch, scale, scale2, *parameters
+        ctx.case, ctx.eps = _case(x, branch, scale, scale2, eps, dtype, parameters), eps
+        ctx.recorded = _recorded_forward(ctx.case, inputs, eps, dtype, True)
+        if ctx.recorded:
+            results, kept = ctx.recorded(inputs)
+            if _saving_is_watched():
+                ctx.save_for_backward(*inputs, *ctx.recorded.tensors_kept(inputs, kept))
+                ctx.recorded = None
+            else:
+                ctx.save_for_backward(*inputs, kept)
+            return tuple(results)
         kept = []
         results = _forward(x, branch, scale, scale2, eps, parameters, dtype, kept)
-        ctx.save_for_backward(x, branch, scale, scale2, *kept, *parameters)
-        ctx.eps = eps
+        ctx.save_for_backward(*inputs, *kept)
         return results
 
     @staticmethod
@@ -202,10 +274,23 @@ class _Block(torch.autograd.Function):
             raise BackendError(f"backend '{requested_backend()}' is requested for the backward pass of a block of "
                                "Spatial-Mamba that ran on 'triton'; request it for both passes")
         with torch.no_grad():
-            grads = _backward(grad_y2, grad_out, ctx.eps, ctx.needs_input_grad[6:], *ctx.saved_tensors)
+            grads = _gradients(ctx, grad_y2, grad_out, ctx.needs_input_grad[6:])
         if torch.is_grad_enabled():
             grads = _Final.apply(torch.empty(0, requires_grad=True), *grads)
         return grads
+
+
+def _gradients(ctx, grad_y2, grad_out, needed):
+    saved = ctx.saved_tensors
+    inputs, kept = saved[:4 + len(needed)], saved[4 + len(needed):]
+    if ctx.recorded:
+        if can_repeat(grad_out.device):
+            inputs_too = grad_y2, grad_out, *saved
+            recorded = _recorded_backward(ctx.case, ctx.recorded, inputs_too, ctx.eps, needed)
+            if recorded:
+                return (*recorded(inputs_too)[0],)
+        kept = ctx.recorded.tensors_kept(inputs, *kept)
+    return _backward(grad_y2, grad_out, ctx.eps, needed, *inputs[:4], *kept, *inputs[4:])
 
 
 class _Final(torch.autograd.Function):
@@ -299,6 +384,10 @@ def run(block, x, branch, scale, scale2, parameters):
     if torch.is_grad_enabled() and (x.requires_grad or branch is not None and branch.requires_grad
                                     or any(p.requires_grad for p in parameters)):
         return _Block.apply(x, branch, scale, scale2, eps, dtype, *parameters)
+    inputs = x, branch, scale, scale2, *parameters
+    recorded = _recorded_forward(_case(x, branch, scale, scale2, eps, dtype, parameters), inputs, eps, dtype, False)
+    if recorded:
+        return tuple(recorded(inputs)[0])
     return _forward(x, branch, scale, scale2, eps, parameters, dtype, None)
 
 
