@@ -1,6 +1,7 @@
 """Operators of vision state-space models. One folder each; see README.md beside this file."""
 from ._core.backends import BackendError, use_backend
 from .depthwise_conv import depthwise_conv, depthwise_conv_reference
+from .downsample_conv import downsample_conv, downsample_conv_reference
 from .gelu_backward import column_sums, gelu_backward
 from .norm_gate import norm_gate, norm_gate_reference
 from .quadtree import from_quadtree, quadtree_reference, select_window, to_quadtree, window_scores
@@ -10,7 +11,8 @@ from .state_fusion import state_fusion, state_fusion_reference
 
 __all__ = [
     'BackendError', 'use_backend', 'column_sums', 'cross_scan_order', 'depthwise_conv', 'depthwise_conv_reference',
-    'from_quadtree', 'gelu_backward', 'norm_gate', 'norm_gate_reference', 'quadtree_reference', 'residual_conv_norm',
-    'residual_conv_norm_reference', 'select_window', 'selective_scan', 'selective_scan_reference', 'state_fusion',
-    'state_fusion_reference', 'to_quadtree', 'two_way_order', 'window_scores',
+    'downsample_conv', 'downsample_conv_reference', 'from_quadtree', 'gelu_backward', 'norm_gate',
+    'norm_gate_reference', 'quadtree_reference', 'residual_conv_norm', 'residual_conv_norm_reference',
+    'select_window', 'selective_scan', 'selective_scan_reference', 'state_fusion', 'state_fusion_reference',
+    'to_quadtree', 'two_way_order', 'window_scores',
 ]

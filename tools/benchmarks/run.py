@@ -61,11 +61,12 @@ OPERATORS = dict(
     conv_residual=('depthwise_conv', dict(residual=True), 'x'),
     conv_norm=('residual_conv_norm', dict(), 'x branch'),
     norm_gate=('norm_gate', dict(), 'x z'),
+    downsample=('downsample_conv', dict(), 'x'),
     scan_output=('selective_scan', dict(output='skip'), 'x dt B C'),
     to_quadtree=('quadtree', dict(one_hot=True), 'x selected'),
     from_quadtree=('quadtree', dict(one_hot=True, inverse=True), 'x selected'),
 )
-SPATIAL_MAMBA_OPERATORS = ('scan', 'fusion', 'conv_silu', 'conv_norm', 'norm_gate')
+SPATIAL_MAMBA_OPERATORS = ('scan', 'fusion', 'conv_silu', 'conv_norm', 'norm_gate', 'downsample')
 ARCHS = {
     'spatialmamba-t': (SpatialMamba, 'tiny'), 'spatialmamba-s': (SpatialMamba, 'small'),
     'spatialmamba-b': (SpatialMamba, 'base'), 'quadmamba-li': (QuadMamba, 'lite'),
@@ -357,6 +358,8 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
     batch, dim, height, width = shape
     if op in ('conv_residual', 'conv_norm'):
         dim = dim // 2  # they are outside of the mixer
+    if op == 'downsample':
+        dim = 4 * dim  # it is eight times as wide as what is outside
     dtype = DTYPES[dtype_name]
     room, _, batched = OPERATORS[op]
     d_state = args.d_state or (16 if op == 'scan_output' else 1)

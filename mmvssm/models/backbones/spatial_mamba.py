@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmvssm.kernels import norm_gate, residual_conv_norm, selective_scan, state_fusion
+from mmvssm.kernels import downsample_conv, norm_gate, residual_conv_norm, selective_scan, state_fusion
 from mmvssm.kernels._core.precision import compute_dtype
 
 from ..layers.backbone import Stage, VisionSSM
@@ -63,7 +63,11 @@ class Downsample(nn.Module):
             ConvBN(8 * dim, 2 * dim, 1, bias=True, relu=False))
 
     def forward(self, x):
-        return self.conv(x)
+        widen, shrink, project = (layer.conv for layer in self.conv)
+        x = F.linear(x.permute(0, 2, 3, 1), widen.weight.flatten(1), widen.bias)
+        x = downsample_conv(x, shrink.weight, shrink.bias)
+        x = F.linear(x, project.weight.flatten(1), project.bias)
+        return self.conv[2].norm(x.permute(0, 3, 1, 2))
 
 
 class StateFusion(nn.Module):

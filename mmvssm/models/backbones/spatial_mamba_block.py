@@ -34,12 +34,13 @@ _WIDE_PRODUCTS = 'dtype' in torch.ops.aten.mm.overloads()
 def _rooms():
     """The kernels, which need Triton."""
     from mmvssm.kernels.depthwise_conv import triton as conv
+    from mmvssm.kernels.downsample_conv import triton as downsample
     from mmvssm.kernels.gelu_backward import triton as gelu
     from mmvssm.kernels.norm_gate import triton as gate
     from mmvssm.kernels.residual_conv_norm import triton as residual
     from mmvssm.kernels.selective_scan import triton as scan
     from mmvssm.kernels.state_fusion import triton as fusion
-    return residual, conv, scan, fusion, gate, gelu
+    return residual, conv, scan, fusion, gate, gelu, downsample
 
 
 #: Names of modules and of parameters by where they are found; the order of the parameters is that of :func:`run`.
@@ -147,7 +148,7 @@ def _product(a, b, dtype):
 
 def _forward(x, branch, scale, scale2, eps, parameters, dtype, kept):
     """The block's results. What its backward pass needs is appended to ``kept``, unless that is None."""
-    residual, conv, scan, fusion, gate, _ = _rooms()
+    residual, conv, scan, fusion, gate, *_ = _rooms()
     (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
      cpe2_w, cpe2_b, ln2_w, ln2_b, *_) = parameters
     in_w, x_w, out_w, fc1_w, fc1_b, fc2_w, fc2_b = _cast(parameters, dtype)
@@ -306,7 +307,7 @@ class _Final(torch.autograd.Function):
 @without_autocast
 def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, xz, u, p, h, states, y, g, o, n2, a,
               in_w, x_w, out_w, fc1_w, fc2_w, *parameters):
-    residual, conv, scan, fusion, gate, gelu = _rooms()
+    residual, conv, scan, fusion, gate, gelu, _ = _rooms()
     (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
      cpe2_w, cpe2_b, ln2_w, ln2_b, *_) = parameters
     batch, height, width, dim = x.shape
@@ -412,6 +413,7 @@ def compile_kernels(stages, x):
 @torch.no_grad()
 def launches_of(stages, x, backward):
     """The kernel launches of a pass over ``x``, and of its ``backward`` pass; equal blocks of a stage are left out."""
+    from .spatial_mamba import Downsample
     dtype, (batch, height, width, _) = _precision(x), x.shape
 
     def meta(*shape, dtype=dtype):
@@ -437,5 +439,13 @@ def launches_of(stages, x, backward):
                 y, out = _forward(*args, _epsilons(block), parameters, dtype, kept)
                 if backward:
                     _backward.__wrapped__(y, out, _epsilons(block), [True] * len(parameters), *args, *kept, *parameters)
+            if isinstance(stage.downsample, Downsample):
+                conv = stage.downsample.conv[1].conv
+                x = meta(batch, height, width, conv.out_channels)
+                parameters = [torch.empty_like(p, device='meta') for p in (conv.weight, conv.bias)]
+                downsample = _rooms()[-1]
+                y = downsample.forward(x, *parameters)
+                if backward:
+                    downsample.backward(y, y, x, *parameters)
             height, width = -(-height // 2), -(-width // 2)
     return launches
