@@ -17,3 +17,10 @@ def threads(request):
     torch.set_num_threads(getattr(request, 'param', 1))
     yield torch.get_num_threads()
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    """Products and convolutions of PyTorch read every digit of float32."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)

@@ -141,16 +141,18 @@ def test_strides_do_not_matter(call):
 @pytest.mark.parametrize('call', calls(lambda name, case: case.batch == 1 or name == 'half'), ids=str)
 def test_equal_runs_give_equal_bits(call, threads):
     tensors = call.inputs(torch.float32)
-    first = call.evaluate(tensors)
-    for _ in range(3):
-        assert_same_bits(call.evaluate(tensors), first)
+    with call.repeatable():
+        first = call.evaluate(tensors)
+        for _ in range(3):
+            assert_same_bits(call.evaluate(tensors), first)
 
 
 @pytest.mark.parametrize('threads', [1, 4], indirect=True)
 @pytest.mark.parametrize('call', calls(), ids=str)
 def test_reads_no_uninitialised_memory(call, threads):
     tensors = call.inputs(torch.float32)
-    usual = call.evaluate(tensors)
+    with call.repeatable():
+        usual = call.evaluate(tensors)
     with poisoned_memory():
         got = call.evaluate(tensors)
     assert_same_bits(got, usual)
@@ -164,9 +166,10 @@ def test_autocast_changes_nothing(call, dtype):
     tensors = call.inputs(dtype)
     wide = {name: t.float() if t is not None and t.is_floating_point() else t for name, t in tensors.items()}
     cotangent = cotangent_like(call.forward(tensors), call.case)
-    full = call.evaluate(wide, cotangent=cotangent.float())
-    with torch.autocast(call.device, torch.bfloat16):
-        got = call.evaluate(tensors, cotangent=cotangent)
+    with call.repeatable():
+        full = call.evaluate(wide, cotangent=cotangent.float())
+        with torch.autocast(call.device, torch.bfloat16):
+            got = call.evaluate(tensors, cotangent=cotangent)
     assert got['output'].dtype == dtype
     assert_same_bits(got, {name: tensor.to(got[name].dtype) for name, tensor in full.items()})
 
@@ -180,7 +183,7 @@ def test_compiles_without_graph_break(call):
         return cases.operator(case, {name: None if t is None else t * 1 for name, t in tensors.items()}) * 2
 
     case, tensors = cases.CASES[call.case], call.inputs(torch.float32)
-    with use_backend(call.backend):
+    with call.repeatable(), use_backend(call.backend):
         eager = evaluate(function, case, tensors)
         compiled = evaluate(torch.compile(function, backend='aot_eager', fullgraph=True), case, tensors)
     assert_same_bits(compiled, eager)
@@ -210,15 +213,16 @@ def test_backward_may_run_on_another_backend(op, first, second, dtype, device):
 @pytest.mark.parametrize('call', calls(lambda name, case: name == 'half_params'), ids=str)
 def test_gradients_of_some_arguments_only(call):
     tensors = call.inputs(torch.float32)
-    everything = call.evaluate(tensors)
-    for name, t in tensors.items():
-        if t is None or not t.is_floating_point():
-            continue
-        some = {**tensors, name: t.detach().requires_grad_()}
-        output = call.forward(some)
-        with use_backend(call.backend):
-            grad, = torch.autograd.grad(output, some[name], cotangent_like(output, call.case))
-        assert torch.equal(grad, everything[name]), name
+    with call.repeatable():
+        everything = call.evaluate(tensors)
+        for name, t in tensors.items():
+            if t is None or not t.is_floating_point():
+                continue
+            some = {**tensors, name: t.detach().requires_grad_()}
+            output = call.forward(some)
+            with use_backend(call.backend):
+                grad, = torch.autograd.grad(output, some[name], cotangent_like(output, call.case))
+            assert torch.equal(grad, everything[name]), name
 
 
 @pytest.mark.parametrize('call', tiny_calls(), ids=str)

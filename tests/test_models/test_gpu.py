@@ -1,6 +1,7 @@
 """What holds on a GPU: parity with the authors' models, precision, repeatability, and PyTorch's other features."""
 import copy
 import gc
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,13 +12,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from mmvssm.kernels import (
+    BackendError,
+    column_sums,
     depthwise_conv,
+    gelu_backward,
     norm_gate,
     residual_conv_norm,
     selective_scan,
     selective_scan_reference,
     state_fusion,
+    use_backend,
 )
+from mmvssm.kernels._core.cases import relative_error
+from mmvssm.kernels.gelu_backward import gelu_backward_reference
 from mmvssm.kernels.selective_scan.composed import _Recurrence
 from mmvssm.kernels.selective_scan.dispatch import BACKENDS
 from mmvssm.models import backbones
@@ -28,6 +35,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is 
 #: Relative. bfloat16 rounds to 2e-3 (root mean square) of a value, and a network rounds at every layer: on a CPU,
 #: too, its features differ by up to 3.5e-2 from those in float32, its gradients by twice as much.
 BF16_FEATURES, BF16_GRADIENTS = 5e-2, 1e-1
+#: Of the golden gradients. Signs that flip before ReLUs move them by 0.11 in float32 where but the image is rounded to
+#: bfloat16, by 0.18 where the weights are; with the ReLUs' signs held, autocast moves them by 0.05, else by 0.22.
+BF16_BEHIND_RELUS = 3e-1
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1))
 GIB = 2**30
 
@@ -112,24 +122,39 @@ def test_golden_features(name, dtype):
     assert max(errors) <= (BF16_FEATURES if dtype else FEATURES), errors
 
 
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16], ids=['fp32', 'bf16'])
 @pytest.mark.parametrize('name', ['spatialmamba_micro', 'quadmamba_micro'])
-def test_golden_gradients(name):
+def test_golden_gradients(name, dtype):
+    """In float32 each gradient is judged on its own. In bfloat16 those that come through no ReLU are one vector, off by
+    as much as ``test_gradients_in_bf16`` allows: an operator's may be by 3 * 8e-3, and a network has many. Behind ReLUs
+    they jump where a rounding takes a number across zero: for all together ``BF16_BEHIND_RELUS`` holds."""
+    if dtype and name.startswith('quadmamba'):
+        pytest.skip('windows that score alike: roundings choose another, whose gradients are others')
     model, images, expected, _ = load(name, norm_eval=True, drop_path_rate=0.)
     model.cuda().train()
     images = images.cuda().requires_grad_()
     for module in model.modules():
         if isinstance(module, QuadtreeSSM):
             module.training = False  # the golden files have the best window, not a sampled one
-    features = model(images)
+    with torch.autocast('cuda', dtype, enabled=dtype is not None):
+        features = model(images)
     loss = sum((f * torch.from_numpy(rule.cotangent(name, i, f.shape)).cuda()).sum() / f.numel()
                for i, f in enumerate(features))
     loss.backward()
     for i, feature in enumerate(features):
-        assert error(feature.detach().cpu(), expected[f'train_feat{i}']) <= FEATURES
-    assert loss.item() == pytest.approx(float(expected['loss']), rel=1e-4)
-    errors = {n: error(p.grad.cpu(), expected[f'grad:{n}'])
-              for n, p in [*model.named_parameters(), ('image', images)]}
-    assert {n: e for n, e in errors.items() if not e <= GRADIENTS} == {}
+        off = error(feature.detach().float().cpu(), expected[f'train_feat{i}'])
+        assert off <= (BF16_FEATURES if dtype else FEATURES)
+    grads = {n: p.grad.cpu() for n, p in [*model.named_parameters(), ('image', images)]}
+    if dtype:
+        golden = {n: torch.from_numpy(expected[f'grad:{n}']) for n in grads}
+        smooth = [n for n in grads if n.startswith(('layers.3.', 'outnorm'))]
+        assert len(smooth) > 20
+        assert distance([grads[n] for n in smooth], [golden[n] for n in smooth]) <= BF16_GRADIENTS
+        assert distance(grads.values(), golden.values()) <= BF16_BEHIND_RELUS
+    else:
+        assert loss.item() == pytest.approx(float(expected['loss']), rel=1e-4)
+        errors = {n: error(grad, expected[f'grad:{n}']) for n, grad in grads.items()}
+        assert {n: e for n, e in errors.items() if not e <= GRADIENTS} == {}
 
 
 # Training
@@ -340,12 +365,14 @@ def scan_inputs(batch, length, dim, dtype, rank=4, d_state=1):
                 dt_weight=normal(dim, rank) * 0.5, dt_bias=normal(dim) - 4)
 
 
-def gradients(function, tensors):
-    """The output and the gradients by name, for a random cotangent."""
+def gradients(function, tensors, dtype=None):
+    """The output and the gradients by name, for a random cotangent, rounded to ``dtype`` if that is not the output's.
+    """
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     output = function(**leaves)
     cotangent = torch.randn(output.shape, generator=torch.Generator('cuda').manual_seed(1), device='cuda')
-    grads = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output.dtype))
+    cotangent = cotangent.to(dtype or output.dtype).to(output.dtype)
+    grads = torch.autograd.grad(output, list(leaves.values()), cotangent)
     return dict(output=output.detach(), **dict(zip(leaves, grads, strict=True)))
 
 
@@ -359,10 +386,83 @@ def test_extreme_scans_are_finite(change, dtype):
         assert result.isfinite().all(), name
 
 
+FLOATS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+WITHOUT_FP16 = ('fp32', 'bf16')
+EXTREMES = dict(zeros=torch.zeros_like, ones=torch.ones_like, large=lambda t: 1e4 * t.sign())
+#: Cases of operators, what of them becomes extreme, and the precisions that hold what comes of it.
+EXTREME_CALLS = [
+    ('state_fusion', '13x9', 'h x', FLOATS),
+    ('state_fusion', '13x9', 'C', FLOATS),
+    ('state_fusion', '13x9', 'h C x', WITHOUT_FP16),
+    ('depthwise_conv', '7x7', 'x', FLOATS),
+    ('depthwise_conv', '7x7', 'x bias', FLOATS),
+    # SiLU; without a large bias some of the large sums would cancel before it, and float32 with them
+    ('depthwise_conv', '13x9', 'x bias', FLOATS),
+    ('depthwise_conv', 'silu-residual', 'x bias', FLOATS),
+    ('residual_conv_norm', '7x7', 'x branch', FLOATS),
+    ('residual_conv_norm', '7x7', 'branch', FLOATS),
+    ('residual_conv_norm', '7x7', 'x branch conv_bias', FLOATS),
+    ('norm_gate', 'dim_128', 'x', FLOATS),
+    ('norm_gate', 'dim_128', 'z', WITHOUT_FP16),
+    ('norm_gate', 'dim_128', 'x z', FLOATS),
+]
+
+
+@pytest.mark.parametrize('extreme', EXTREMES)
+@pytest.mark.parametrize('op, case, names, dtype', [
+    pytest.param(*call, FLOATS[dtype], id='-'.join((*call, dtype)).replace(' ', '_'))
+    for *call, dtypes in EXTREME_CALLS for dtype in dtypes])
+def test_extreme_activations(op, case, names, dtype, extreme):
+    """Outputs, image by image, and gradients are those of the reference in float64. Stencils have small weights:
+    float16 would not hold the sums of others."""
+    cases = import_module(f'mmvssm.kernels.{op}.cases')
+    case = cases.CASES[case]
+    tensors = cases.inputs(case, dtype, 'cuda')
+    for name, t in tensors.items():
+        if name in names.split():
+            tensors[name] = EXTREMES[extreme](t)
+        elif t.shape[1:] == (1, 3, 3):
+            tensors[name] = t / 32
+    got = gradients(lambda **tensors: cases.operator(case, tensors), tensors)
+    expected = gradients(lambda **tensors: cases.reference(case, tensors),
+                         {name: t.double() for name, t in tensors.items()}, dtype)
+    for name, result in got.items():
+        assert result.isfinite().all(), name
+        # of the residual convolution, the result and its norm
+        parts = zip(result, expected[name], strict=True) if name == 'output' else [(result, expected[name])]
+        for part, exact in parts:
+            assert relative_error(part, exact) <= cases.TOLERANCES[part.dtype][name], name
+
+
+@pytest.mark.parametrize('dtype', FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize('names', ['x', 'grad', 'grad x'], ids=lambda names: names.replace(' ', '_'))
+@pytest.mark.parametrize('extreme', EXTREMES)
+def test_extreme_gelu_backward(extreme, names, dtype):
+    generator = torch.Generator('cuda').manual_seed(0)
+    tensors = {name: torch.randn(300, 48, generator=generator, device='cuda').to(dtype) for name in ('grad', 'x')}
+    tensors.update({name: EXTREMES[extreme](tensors[name]) for name in names.split()})
+    tolerances = import_module('mmvssm.kernels.norm_gate.cases').TOLERANCES
+    exact = gelu_backward_reference(**{name: t.double() for name, t in tensors.items()})
+    for name, result, expected in zip(('x', 'output', 'bias'), gelu_backward(**tensors), exact, strict=True):
+        assert result.isfinite().all(), name
+        assert relative_error(result, expected) <= tolerances[result.dtype][name], name
+
+
+def test_too_many_ranks():
+    pytest.importorskip('triton')
+    most = import_module('mmvssm.kernels.selective_scan.triton.blocks').MOST_RANKS
+    tensors = scan_inputs(1, 40, 16, torch.float32, rank=most + 1)
+    assert most == 128
+    with use_backend('triton'), pytest.raises(BackendError, match='takes dt of rank 1 to 128, got 129'):
+        selective_scan(**tensors)
+
+
 # Large maps
 
 
 def need(gib):
+    gc.collect()
+    torch.cuda.empty_cache()  # what PyTorch keeps of earlier tests does not count as free
     free, _ = torch.cuda.mem_get_info()
     if free < gib * GIB:
         pytest.skip(f'{gib} GiB of GPU memory are needed, {free / GIB:.0f} are free')
@@ -441,6 +541,31 @@ def test_tensors_of_2_to_the_31_elements(operator):
     else:
         ends_alike(lambda x, branch, *args: residual_conv_norm(x, *args, branch)[1], x, [x],
                    [kernel[0], *vector], rows)
+
+
+def test_gelu_backward_of_2_to_the_31_elements():
+    """Both ends are as without the zeros between them, the sums as well."""
+    need(20)
+    dim, end = 128, 64
+    rows = 2**31 // dim + end
+    generator = torch.Generator('cuda').manual_seed(0)
+    tensors = []
+    for _ in range(2):
+        full = torch.zeros(rows, dim, device='cuda', dtype=torch.bfloat16)
+        for part in (full[:end], full[-end:]):
+            part.normal_(generator=generator)
+        tensors.append(full)
+    assert tensors[0].numel() > 2**31
+    both = [torch.cat([t[:end], t[-end:]]) for t in tensors]
+    *results, sums = gelu_backward(*tensors)
+    *expected, expected_sums = gelu_backward(*both)
+    for full, alone in zip(results, expected, strict=True):
+        assert not full[end:-end].any()
+        for part, other in zip((full[:end], full[-end:]), alone.split(end), strict=True):
+            assert other.float().norm() > 0
+            assert distance(part, other) <= 8e-3
+    assert distance(sums, expected_sums) <= 1e-5
+    assert distance(column_sums(tensors[1]), column_sums(both[1])) <= 1e-5
 
 
 def test_batches_beyond_2_to_the_31_elements():
