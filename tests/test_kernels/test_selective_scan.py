@@ -157,3 +157,11 @@ def test_flops(name, per_state, skip):
     elements = case.batch * case.length * case.dim * (case.directions or 1)
     flops = FlopAnalyzer(Model(), tuple(tensors.values())).by_operator()
     assert flops == {'selective_scan': elements * (per_state * case.d_state + case.rank + skip)}
+
+
+@pytest.mark.parametrize('warps, blocks, longest, segments, each', [
+    (500, 1050, 10**6, 1, 1050), (16, 7, 10**6, 1, 7), (16, 1050, 10**6, 132, 8), (16, 1050, 4, 263, 4),
+    (499, 10**6, 10**5, 10, 10**5)], ids=['warps', 'short', 'few_warps', 'limited', 'large'])
+def test_segments(warps, blocks, longest, segments, each):
+    pytest.importorskip('triton')
+    assert room('selective_scan', 'triton.blocks')._segments(warps, blocks, longest) == (segments, each)

@@ -27,13 +27,13 @@ _MOST_SLOTS = 64
 MOST_RANKS = 128
 
 
-def _segments(warps, blocks):
+def _segments(warps, blocks, longest):
     """Into how many segments a sequence of ``blocks`` blocks of tokens is split where there are ``warps`` independent
-    warps, and the blocks of each. Segments cost another pass over the input, so there is one if that keeps a GPU
-    busy."""
+    warps, and the blocks of each, at most ``longest``. Segments cost another pass over the input, so there is one if
+    that keeps a GPU busy."""
     if warps >= _FEW_WARPS or blocks < 8:
         return 1, max(blocks, 1)
-    each = max(2, cdiv(blocks * warps, _ENOUGH_WARPS))
+    each = min(max(2, cdiv(blocks * warps, _ENOUGH_WARPS)), longest)
     return cdiv(blocks, each), each
 
 
@@ -51,7 +51,6 @@ class Launch:
         self.num_warps = min(warps, next_power_of_2(cdiv(self.D, 16)))
         self.blocks = cdiv(self.D, 16 * self.num_warps)
         programs = self.batch * self.K * self.blocks * (1 if self.output else self.N)
-        self.segments, self.each = _segments(programs * self.num_warps, cdiv(self.L, 8 * steps))
         # Images follow one another, so that the compiler knows how they are aligned.
         self.x, x_row = as_rows(x, 2)
         dt, B = _dense(dt), _dense(B)
@@ -63,6 +62,10 @@ class Launch:
             order_image = order.stride(0) if order.dim() == 3 else 0
         self.tensors = (self.x, dt, A.contiguous(), B, C, weight.contiguous(), bias.contiguous(),
                         None if skip is None else skip.contiguous(), order)
+        # Within a segment places have 32 bits.
+        widest = 8 * steps * max(x_row, self.N * self.D, *(t.stride(1) for t in (dt, B, C)))
+        self.segments, self.each = _segments(programs * self.num_warps, cdiv(self.L, 8 * steps),
+                                             max((2**31 - 1) // widest, 1))
         if self.R > MOST_RANKS:
             raise BackendError(f"selective_scan: 'triton' takes dt of rank 1 to {MOST_RANKS}, got {self.R}; use "
                                "mmvssm.kernels.use_backend('torch')")
