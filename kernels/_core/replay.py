@@ -4,6 +4,8 @@ What such a function does with tensors of the same shapes is always the same: me
 order. A :class:`Recording` notes it in a pass over tensors without memory, and repeats it on real ones in a fraction of
 the processor's time. Unlike a CUDA graph it holds no memory and works on whatever tensors it is given.
 """
+import threading
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +37,10 @@ class CannotRecord(Exception):
     """The function does something that a recording cannot repeat."""
 
 
+class NotRunYet(CannotRecord):
+    """A kernel has not run yet: it is not known how to start it."""
+
+
 class _Operations(TorchDispatchMode):
     """Adds PyTorch's operations that compute something to ``steps``, beside launches of kernels."""
 
@@ -47,8 +53,9 @@ class _Operations(TorchDispatchMode):
         out = function(*args, **kwargs)
         if function.is_view or function in _EMPTY or function is _aten.detach.default:
             return out
-        if function not in _OPERATIONS or any(key != 'dtype' for key in kwargs):
-            raise CannotRecord(f'{function} with {sorted(kwargs)}')
+        if function not in _OPERATIONS or any(key != 'dtype' for key in kwargs) \
+                or any(isinstance(arg, (int, float)) for arg in args):
+            raise CannotRecord(f'{function} with {args} and {sorted(kwargs)}')
         self.steps.append((function, None, list(_tensors((out, *args))), {}))
         return out
 
@@ -88,12 +95,14 @@ class Recording:
 
     Args:
         function (callable): launches kernels with ``triton_support.launch``, and calls a few PyTorch operations.
-        inputs (Sequence[Tensor | None]): on the device ``meta``. Real ones must have the same shapes and be dense.
+        inputs (Sequence[Tensor | None]): on the device ``meta``. Real ones must have the same shapes and dtypes, and be
+            dense.
         device (torch.device): of the real ones.
         unaligned (Sequence[int]): the inputs whose addresses are no multiples of 16.
 
     Raises:
-        CannotRecord: there is an operation that it does not know, or a kernel that has not run yet.
+        CannotRecord: there is an operation that it does not know.
+        NotRunYet: there is a kernel that has not run yet.
     """
 
     def __init__(self, function, inputs, device, unaligned=()):
@@ -115,9 +124,13 @@ class Recording:
         self._views, self._kept_views = _Views(), _Views()
         self._steps = [self._step(*step) for step in steps]
         self._results = [None if t is None else self._view(t) for t in results]
+        # What is kept may be an input: that itself, then.
+        given = {id(t): i for i, t in enumerate(inputs) if t is not None}
+        self._kept_inputs = {i: given[id(t)] for i, t in enumerate(kept) if id(t) in given}
+        kept = [None if i in self._kept_inputs else t for i, t in enumerate(kept)]
+        if any(t is not None and self._place(t)[0] != self._count for t in kept):
+            raise CannotRecord('a result, or a part of an input, is to be kept')
         self._kept = [None if t is None else self._kept_views.number(*self._place(t), t) for t in kept]
-        if any(t is not None and self._place(t)[0] > self._count for t in kept):
-            raise CannotRecord('a result is to be kept')
         del self._slots
 
     def _lives(self, steps):
@@ -166,7 +179,7 @@ class Recording:
                 addresses[i] = 1
         found = started(function, args, addresses, options, self._device)
         if found is None:
-            raise CannotRecord(f'{function.__name__} has not run')
+            raise NotRunYet(function.__name__)
         start, first = found
         return start, None, grid, first, values, places
 
@@ -197,7 +210,10 @@ class Recording:
     def tensors_kept(self, inputs, kept):
         """What is kept, as the function returned it."""
         made, make = self._kept_views.of([*inputs, kept])
-        return [None if n is None else tensor if (tensor := made[n]) is not None else make(n) for n in self._kept]
+        tensors = [None if n is None else tensor if (tensor := made[n]) is not None else make(n) for n in self._kept]
+        for i, given in self._kept_inputs.items():
+            tensors[i] = inputs[given]
+        return tensors
 
 
 class _Views:
@@ -244,7 +260,7 @@ class Recordings:
     have run, and images of one size may be few."""
 
     def __init__(self, before=2, most=1024):
-        self._before, self._most, self._found = before, most, {}
+        self._before, self._most, self._found, self._lock = before, most, {}, threading.Lock()
 
     def get(self, case, record):
         """That for ``case``, from ``record()`` if there is none; None if it is too early, or cannot be recorded."""
@@ -258,9 +274,12 @@ class Recordings:
         else:
             try:
                 found = record()
+            except NotRunYet:
+                return None
             except CannotRecord:
                 found = None
-        self._found[case] = found
-        if len(self._found) > self._most:
-            del self._found[next(iter(self._found))]
+        with self._lock:  # backward passes run in threads of their own
+            self._found[case] = found
+            if len(self._found) > self._most:
+                del self._found[next(iter(self._found))]
         return found if type(found) is Recording else None

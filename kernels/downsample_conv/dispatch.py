@@ -23,7 +23,8 @@ def _torch_backward(grad, y, x, weight, bias):
     before = x.relu().permute(0, 3, 1, 2)
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad, before, weight, bias.shape, (2, 2), (1, 1), (1, 1), False, (0, 0), x.shape[-1], (True, True, True))
-    return torch.ops.aten.threshold_backward(grad_x.permute(0, 2, 3, 1), x, 0), grad_weight, grad_bias
+    grad_x = torch.ops.aten.threshold_backward(grad_x.permute(0, 2, 3, 1), x, 0)
+    return grad_x, grad_weight.flatten().view_as(weight), grad_bias
 
 
 BACKENDS = (

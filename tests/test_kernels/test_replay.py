@@ -9,7 +9,7 @@ import torch
 from kernel_testing import deterministic
 
 from mmvssm.kernels._core import replay, triton_support
-from mmvssm.kernels._core.replay import CannotRecord, Recording, Recordings
+from mmvssm.kernels._core.replay import CannotRecord, NotRunYet, Recording, Recordings
 from mmvssm.kernels._core.triton_support import launch
 
 CPU = torch.device('cpu')
@@ -136,16 +136,39 @@ def test_plan_has_nothing_overlap(seed):
 
 @pytest.mark.parametrize('what', [
     lambda x: ([x.sin()], []), lambda x: ([x.sum(0)], []), lambda x: ([torch.empty_like(x)[1:]], []),
-    lambda x: ([torch.add(x, x, alpha=2)], []), lambda x: (2 * [y := torch.mm(x, x)], [y])],
-    ids=['unknown', 'sum', 'part', 'option', 'result_kept'])
+    lambda x: ([torch.add(x, x, alpha=2)], []), lambda x: ([torch.mm(x, x).add_(2)], []),
+    lambda x: (2 * [y := torch.mm(x, x)], [y]), lambda x: ([], [x[1:]])],
+    ids=['unknown', 'sum', 'part', 'option', 'number', 'result_kept', 'part_of_input_kept'])
 def test_what_cannot_be_recorded(what):
     with pytest.raises(CannotRecord):
         Recording(what, like(torch.empty(4, 4)), CPU)
 
 
-def test_kernel_that_has_not_run_cannot_be_recorded(add):
-    with pytest.raises(CannotRecord, match='add has not run'):
-        Recording(lambda x: ([add(x, None, torch.empty_like(x), 3.)], []), like(torch.empty(4)), CPU)
+def test_kernel_that_has_not_run_is_recorded_later(add):
+    def run(x):
+        return [add(x, None, torch.empty_like(x), 3.)], []
+
+    x, recordings = torch.randn(4), Recordings(before=0)
+    with pytest.raises(NotRunYet, match='add'):
+        Recording(run, like(x), CPU)
+    assert recordings.get('case', lambda: Recording(run, like(x), CPU)) is None
+    triton_support._compiled[3.] = triton_support._compiled[2.]
+    assert recordings.get('case', lambda: Recording(run, like(x), CPU))
+
+
+def test_alignment_is_part_of_what_starts_a_kernel(add, monkeypatch):
+    asked = []
+    monkeypatch.setattr(replay, 'started', lambda kernel, args, values, *_: asked.append(values[:3]) or (None, ()))
+    x = torch.empty(8, 16)
+
+    def run(x, y):
+        both = add(x, y[1, 1:], torch.empty_like(x))
+        return [add(both, None, torch.empty_like(x))], []
+
+    Recording(run, like(x, x), CPU)
+    Recording(run, like(x, x), CPU, unaligned=[1])
+    assert [[None if a is None else a % 16 for a in values] for values in asked] \
+        == [[0, 4, 0], [0, None, 0], [0, 1, 0], [0, None, 0]]
 
 
 def test_recorded_when_a_case_comes_again():

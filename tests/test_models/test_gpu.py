@@ -15,6 +15,7 @@ from mmvssm.kernels import (
     BackendError,
     column_sums,
     depthwise_conv,
+    downsample_conv,
     gelu_backward,
     norm_gate,
     residual_conv_norm,
@@ -402,6 +403,8 @@ EXTREME_CALLS = [
     ('residual_conv_norm', '7x7', 'x branch', FLOATS),
     ('residual_conv_norm', '7x7', 'branch', FLOATS),
     ('residual_conv_norm', '7x7', 'x branch conv_bias', FLOATS),
+    ('downsample_conv', '13x9', 'x', FLOATS),
+    ('downsample_conv', '8x6', 'x bias', FLOATS),
     ('norm_gate', 'dim_128', 'x', FLOATS),
     ('norm_gate', 'dim_128', 'z', WITHOUT_FP16),
     ('norm_gate', 'dim_128', 'x z', FLOATS),
@@ -508,7 +511,7 @@ def ends_alike(operator, x, others, parameters, rows=64, margin=5):
 
 
 @pytest.mark.parametrize('operator', ['selective_scan', 'state_fusion', 'depthwise_conv', 'norm_gate',
-                                      'residual_conv_norm'])
+                                      'residual_conv_norm', 'downsample_conv'])
 def test_tensors_of_2_to_the_31_elements(operator):
     """Offsets of 32 bits would overflow in the middle."""
     need(50)
@@ -538,6 +541,10 @@ def test_tensors_of_2_to_the_31_elements(operator):
         ends_alike(lambda x, w, b: depthwise_conv(x, w, b, activation='silu'), x, [], [kernel[0], vector[0]], rows)
     elif operator == 'norm_gate':
         ends_alike(norm_gate, x, [x], vector[:2], rows)
+    elif operator == 'downsample_conv':
+        # As large a map again: the rows of the result that are compared are those of the map.
+        ends_alike(lambda x, w, b: downsample_conv(x, w, b).repeat_interleave(2, 1), x, [], [kernel[0], vector[0]],
+                   rows)
     else:
         ends_alike(lambda x, branch, *args: residual_conv_norm(x, *args, branch)[1], x, [x],
                    [kernel[0], *vector], rows)

@@ -13,7 +13,7 @@ from mmvssm.kernels._core.replay import Recording, Recordings
 from mmvssm.kernels.norm_gate.dispatch import BACKENDS
 from mmvssm.models.backbones import SpatialMamba
 from mmvssm.models.backbones import spatial_mamba_block as fused
-from mmvssm.models.backbones.spatial_mamba import Block
+from mmvssm.models.backbones.spatial_mamba import Block, Downsample
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -301,6 +301,10 @@ def test_other_backends_run_modules(runs):
     assert not runs
 
 
+#: Passes until one is repeated from a recording.
+TIMES = 1 if DEVICE == 'cpu' else 3
+
+
 @pytest.fixture
 def repeats(monkeypatch):
     """Recordings are made as soon as all kernels have run; how often they ran, by what they compute."""
@@ -324,14 +328,14 @@ def test_repeated_is_the_same(monkeypatch, repeats, dtype, autocast, options, dr
         patch.setattr(fused, '_recordings', Recordings(before=1000))
         expected = outcome(block, args, autocast)
         assert not repeats
-    for _ in range(2 if DEVICE == 'cpu' else 3):
+    for _ in range(TIMES):
         assert_same(outcome(block, args, autocast), expected, 0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # what is read before it is written is NaN
     try:
         assert_same(outcome(block, args, autocast), expected, 0)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(repeats) >= 6  # forward and backward
+    assert len(repeats) >= 4  # forward and backward, twice
     with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         repeats.clear()
         for _ in range(2):
@@ -340,3 +344,128 @@ def test_repeated_is_the_same(monkeypatch, repeats, dtype, autocast, options, dr
     if not drop_path:
         assert torch.equal(x, expected['x'])
         assert torch.equal(branch, expected['branch'])
+
+
+def eager(block, args, **kwargs):
+    """As :func:`outcome`, without recordings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, '_recordings', Recordings(before=1000))
+        return outcome(block, args, **kwargs)
+
+
+def strided(t):
+    return torch.stack([t, t], 1)[:, 0]
+
+
+@pytest.mark.parametrize('change', [
+    lambda x, b, s: (x, b, s.bfloat16()), lambda x, b, s: (x, b, strided(s)), lambda x, b, s: (x, b, s[:1].expand(2)),
+    lambda x, b, s: (x.mT.contiguous().mT, b, s), lambda x, b, s: (x, b.mT.contiguous().mT, s),
+    lambda x, b, s: (x, b.bfloat16(), s), lambda x, b, s: (x, b, torch.cat([s, s, s])[1:3]),
+    lambda x, b, s: (x, None, None)],
+    ids=['scale_dtype', 'scale_strided', 'scale_expanded', 'x_strides', 'branch_strides', 'branch_dtype',
+         'scale_alignment', 'no_branch'])
+def test_other_arguments_are_not_repeated_alike(repeats, change):
+    block, args = build(), inputs(torch.float32, scale=[0.5, 2.])
+    for _ in range(TIMES):
+        outcome(block, args)
+    assert repeats
+    args = change(*args)
+    for _ in range(TIMES):
+        assert_same(outcome(block, args), eager(block, args), 0)
+
+
+def other_eps(block):
+    block.ln_2.eps = 1e-2
+
+
+def other_hidden(block):
+    torch.manual_seed(5)
+    block.mlp = type(block.mlp)(16, 48).to(DEVICE)
+
+
+def frozen(block):
+    block.mlp.fc1.weight.requires_grad_(False)
+
+
+def transposed(block):
+    weight = block.self_attention.in_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize('change', [other_eps, other_hidden, frozen, transposed])
+def test_other_blocks_are_not_repeated_alike(repeats, change):
+    block, args = build(), inputs(torch.float32)
+    for _ in range(TIMES):
+        outcome(block, args)
+    assert repeats
+    change(block)
+    for _ in range(TIMES):
+        assert_same(outcome(block, args), eager(block, args), 0)
+
+
+@pytest.mark.parametrize('change', [transposed, lambda block: block.half()], ids=['transposed', 'half'])
+def test_parameters_that_change_before_backward(repeats, change):
+    """They are not read as what they were."""
+    block, (x, branch, _) = build(), inputs(torch.float32)
+
+    def late(changed):
+        torch.manual_seed(0)
+        block.zero_grad()
+        y, out, _ = block(x, branch)
+        if changed:
+            change(block)
+        (y.sum() + out.sum()).backward()
+        return {name: p.grad for name, p in block.named_parameters()}
+
+    for _ in range(TIMES):
+        late(False)
+    assert repeats
+    expected = late(False)
+    if change is transposed:
+        assert_same(late(True), expected, 1e-6)
+    else:
+        with pytest.raises(RuntimeError, match='dtype'):
+            late(True)
+
+
+def test_gradients_of_any_layout_and_again(repeats):
+    block, (x, branch, _) = build(), inputs(torch.float32)
+
+    def twice():
+        y, out, _ = block(x, branch)
+        loss = y.sum() + out.sum()  # expanded gradients
+        return [torch.autograd.grad(loss, [x, *block.parameters()], retain_graph=True) for _ in range(2)]
+
+    expected, _ = twice()
+    for _ in range(TIMES):
+        for grads in twice():
+            assert all(map(torch.equal, grads, expected))
+    assert repeats
+
+
+def test_repeated_under_checkpointing_and_hooks(repeats):
+    block, args = build(drop_path=0.5), inputs(torch.float32)
+    expected = eager(block, args)
+    for call in (lambda *a: checkpoint(block, *a, use_reentrant=False), lambda *a: checkpoint(
+            block, *a, use_reentrant=True)):
+        for _ in range(TIMES):
+            assert_same(outcome(block, args, call=call), expected, 0)
+    repeats.clear()
+    for _ in range(TIMES):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            assert_same(outcome(block, args), expected, 0)
+    assert repeats
+
+
+@pytest.mark.parametrize('change', [
+    lambda d: d.conv[1].act.register_forward_hook(lambda m, args, y: 2 * y), lambda d: setattr(
+        d.conv[0], 'act', nn.GELU()), lambda d: setattr(d.conv[1].conv, 'stride', (1, 1)),
+    lambda d: nn.utils.parametrizations.weight_norm(d.conv[0].conv), lambda d: setattr(
+        d.conv[2].conv, 'forward', lambda x: x[:, :32]), lambda d: setattr(d.conv[2], 'norm', nn.GroupNorm(2, 32))],
+    ids=['hook', 'activation', 'stride', 'parametrized', 'forward', 'norm'])
+def test_downsampling_runs_modules_where_that_could_be_told(change):
+    torch.manual_seed(0)
+    downsample, x = Downsample(16).to(DEVICE), torch.randn(2, 16, 5, 7, device=DEVICE)
+    torch.testing.assert_close(downsample(x), downsample.conv(x), rtol=1e-4, atol=1e-5)
+    change(downsample)
+    torch.testing.assert_close(downsample(x), downsample.conv(x), rtol=1e-4, atol=1e-5)

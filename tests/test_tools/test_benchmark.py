@@ -80,7 +80,8 @@ def test_operators(tmp_path, capsys):
     assert run.main([*OPERATORS, '--out', str(out)]) == 0
     found = rows(out)
     assert found.pop('copy on the device')['rate'] > 0
-    names = ['scan B2 D8', 'fusion B2 D8', 'conv_silu B2 D8', 'conv_norm B2 D4', 'norm_gate B2 D8']
+    names = ['scan B2 D8', 'fusion B2 D8', 'conv_silu B2 D8', 'conv_norm B2 D4', 'norm_gate B2 D8',
+             'downsample B2 D32']
     assert list(found) == [f'{name} 4x4 {step}' for name in names for step in ('fwd', 'fwd+bwd')]
     for row in found.values():
         low, middle, high = row['ms']

@@ -21,7 +21,7 @@ def _add_pairs(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b
 def _load_gradient(grad, y, at, at_y, mask):
     """The gradient before the second ReLU."""
     g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(tl.load(y + at_y, mask=mask, other=0.0) > 0, g, 0.0)
+    return tl.where(tl.load(y + at_y, mask=mask, other=0.0) <= 0, 0.0, g)  # NaN lets it pass, as in PyTorch
 
 
 @triton.jit(do_not_specialize=['lanes', 'height', 'width', 'tiles', 'dim', 'grad_stride', 'x_stride'])
@@ -63,7 +63,7 @@ def _kernel(grad, y, x, weight, grad_x, partials, lanes, height, width, tiles, d
                   g00 * taps[8] + g01 * taps[6] + g10 * taps[2] + g11 * taps[0])
         for k in tl.static_range(4):
             inside = here & (row + k // 2 < height) & (column + k % 2 < width)
-            value = tl.where(pixels[k] > 0, values[k], 0.0)
+            value = tl.where(pixels[k] <= 0, 0.0, values[k])
             tl.store(grad_x + ((pixel + (k // 2) * down + k % 2) * DIM + channel[None, :]),
                      value.to(grad_x.dtype.element_ty), mask=inside & channels)
     totals = tl.reduce(sums, 0, _add_pairs)

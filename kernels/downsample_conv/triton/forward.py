@@ -43,7 +43,7 @@ def forward(x, weight, bias):
         return y
     grid, lanes, tiles, constants, warps = plan(batch, height, width, dim, 4, _THREADS)
     x, x_stride = as_rows(x, 3)
-    wide = batch * height * width * x_stride >= 2**31
+    wide = batch * height * width * max(dim, x_stride) >= 2**31
     # In runtime arguments that count units: one compiled kernel serves all widths and still knows of the alignment.
     unit = unit_of(dim, x_stride)
     launch(_kernel, grid, x, weight.contiguous(), bias.contiguous(), y, lanes, height, width, tiles, dim // unit,

@@ -62,12 +62,32 @@ class Downsample(nn.Module):
             ConvBN(8 * dim, 8 * dim, 3, stride=2, groups=8 * dim, bias=True, norm=False),
             ConvBN(8 * dim, 2 * dim, 1, bias=True, relu=False))
 
+    def own_convs(self):
+        """The three convolutions, if nobody could tell whether the modules are called: they are the ones made here,
+        without hooks. None otherwise."""
+        inner = (m for layer in self.conv for name, m in layer.named_children() if name != 'norm')
+        modules = [self.conv, *self.conv, *inner]
+        if tuple(map(type, modules)) != _OWN or not fused.untouched(modules):
+            return None
+        convs = modules[4], modules[6], modules[8]
+        wide = convs[1].in_channels
+        settings = [(c.kernel_size, c.stride, c.padding, c.dilation, c.groups, c.bias is None) for c in convs]
+        pointwise = (1, 1), (1, 1), (0, 0), (1, 1), 1, False
+        return convs if settings == [pointwise, ((3, 3), (2, 2), (1, 1), (1, 1), wide, False), pointwise] else None
+
     def forward(self, x):
-        widen, shrink, project = (layer.conv for layer in self.conv)
+        convs = self.own_convs()
+        if convs is None:
+            return self.conv(x)
+        widen, shrink, project = convs
         x = F.linear(x.permute(0, 2, 3, 1), widen.weight.flatten(1), widen.bias)
         x = downsample_conv(x, shrink.weight, shrink.bias)
         x = F.linear(x, project.weight.flatten(1), project.bias)
         return self.conv[2].norm(x.permute(0, 3, 1, 2))
+
+
+#: Types of the modules in a :class:`Downsample`, but for the norm.
+_OWN = nn.Sequential, ConvBN, ConvBN, ConvBN, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d
 
 
 class StateFusion(nn.Module):

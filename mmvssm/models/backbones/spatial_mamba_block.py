@@ -72,6 +72,15 @@ def _shapes_of(dim, inner, rank, d_state, hidden):
             (hidden, dim), (hidden,), (dim, hidden), (dim,))
 
 
+def untouched(modules):
+    """Whether nobody could tell if these modules were not called: there is no hook and no ``forward`` of their own."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks \
+                or 'forward' in m.__dict__:
+            return False
+    return not nn_module._has_any_global_hook()
+
+
 def _parameters(block):
     """The block's parameters in the order in which :func:`run` takes them. None if there is something else in it than
     its own modules and parameters, or a hook, that would go unnoticed."""
@@ -83,12 +92,8 @@ def _parameters(block):
         if tuple(map(type, modules)) != _kinds()[1:]:
             return None
         cpe1, ln_1, mixer, cpe2, ln_2, _, in_proj, conv, fusion, out_norm, out_proj, fc1, act, fc2 = modules
-        for m in modules:
-            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks \
-                    or 'forward' in m.__dict__:
-                return None
         if act.approximate != 'none' or in_proj._parameters['bias'] is not None \
-                or out_proj._parameters['bias'] is not None or nn_module._has_any_global_hook():
+                or out_proj._parameters['bias'] is not None or not untouched(modules):
             return None
         parameters = (*_BOTH(cpe1._parameters), *_BOTH(ln_1._parameters), in_proj._parameters['weight'],
                       *_BOTH(conv._parameters), *_SCAN(mixer._parameters), *_FUSION(fusion._parameters),
@@ -193,7 +198,7 @@ _recordings = Recordings()
 
 def _case(x, branch, scale, scale2, eps, dtype, parameters):
     """All that a recording depends on. None if there can be none: it takes dense tensors in aligned memory."""
-    if not can_repeat(x.device):
+    if not can_repeat(x.device) or not all(t is None or t.is_contiguous() for t in (scale, scale2)):
         return None
     addresses = 0
     for tensor in (x, *parameters) if branch is None else (x, branch, *parameters):
@@ -203,7 +208,8 @@ def _case(x, branch, scale, scale2, eps, dtype, parameters):
     if addresses & 15:
         return None
     return (x.shape, parameters[8].shape, parameters[10].shape, parameters[FC1].shape, x.dtype, dtype, eps, x.device,
-            branch is not None and branch.dtype, _unaligned(scale), _unaligned(scale2), *[p.dtype for p in parameters])
+            branch is not None and branch.dtype, scale is not None and scale.dtype, _unaligned(scale),
+            scale2 is not None and scale2.dtype, _unaligned(scale2), *[p.dtype for p in parameters])
 
 
 def _unaligned(scale):
@@ -254,7 +260,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, scale, scale2, eps, dtype, *parameters):
         inputs = x, branch, scale, scale2, *parameters
-        ctx.case, ctx.eps = _case(x, branch, scale, scale2, eps, dtype, parameters), eps
+        ctx.case, ctx.eps, ctx.dtype = _case(x, branch, scale, scale2, eps, dtype, parameters), eps, dtype
         ctx.recorded = _recorded_forward(ctx.case, inputs, eps, dtype, True)
         if ctx.recorded:
             results, kept = ctx.recorded(inputs)
@@ -285,7 +291,8 @@ def _gradients(ctx, grad_y2, grad_out, needed):
     saved = ctx.saved_tensors
     inputs, kept = saved[:4 + len(needed)], saved[4 + len(needed):]
     if ctx.recorded:
-        if can_repeat(grad_out.device):
+        # ``p.data = ...`` gives a parameter another dtype or layout and nobody notices.
+        if _case(*inputs[:4], ctx.eps, ctx.dtype, inputs[4:]) == ctx.case:
             inputs_too = grad_y2, grad_out, *saved
             recorded = _recorded_backward(ctx.case, ctx.recorded, inputs_too, ctx.eps, needed)
             if recorded:
@@ -439,10 +446,10 @@ def launches_of(stages, x, backward):
                 y, out = _forward(*args, _epsilons(block), parameters, dtype, kept)
                 if backward:
                     _backward.__wrapped__(y, out, _epsilons(block), [True] * len(parameters), *args, *kept, *parameters)
-            if isinstance(stage.downsample, Downsample):
-                conv = stage.downsample.conv[1].conv
-                x = meta(batch, height, width, conv.out_channels)
-                parameters = [torch.empty_like(p, device='meta') for p in (conv.weight, conv.bias)]
+            convs = stage.downsample.own_convs() if isinstance(stage.downsample, Downsample) else None
+            if convs:
+                x = meta(batch, height, width, convs[1].out_channels)
+                parameters = [torch.empty_like(p, device='meta') for p in (convs[1].weight, convs[1].bias)]
                 downsample = _rooms()[-1]
                 y = downsample.forward(x, *parameters)
                 if backward:
