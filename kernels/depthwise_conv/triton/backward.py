@@ -7,14 +7,9 @@ import triton.language as tl
 from ..._core.partial_sums import add_up
 from ..._core.triton_support import as_rows, cdiv, launch, unit_of
 from .forward import convolve
-from .stencil import channel_mask, load_around, load_taps, place, plan
+from .stencil import add_pairs, channel_mask, load_around, load_taps, place, plan
 
 _THREADS = 132 * 1024  # two for each that an H100 holds at a time
-
-
-@triton.jit
-def _add_pairs(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9
 
 
 @triton.jit(do_not_specialize=['lanes', 'height', 'width', 'tiles', 'dim', 'grad_stride', 'x_stride',
@@ -61,7 +56,7 @@ def _kernel(grad, x, weight, residual, grad_x, partials, lanes, height, width, t
                 value += extras[r].to(tl.float32)
             tl.store(grad_x + ((pixel + r * width) * GRAD_X_STRIDE + channel[None, :]),
                      value.to(grad_x.dtype.element_ty), mask=here & (row + r < height))
-    totals = tl.reduce(sums, 0, _add_pairs)
+    totals = tl.reduce(sums, 0, add_pairs)
     partials += tl.program_id(1) * (10 * DIM) + channel
     for k in tl.static_range(10):
         tl.store(partials + k * DIM, totals[k], mask=channel < DIM)

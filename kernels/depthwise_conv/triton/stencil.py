@@ -23,17 +23,28 @@ def plan(batch, height, width, dim, each, threads):
         tuple: the grid (blocks of channels, programs, 1); number of lanes; tiles of a program; whether the last block
         of channels is partial, rows and number of the lanes in a tile, its channels; warps of a program.
     """
+    rows = 4 if batch * height * width * dim >= _SMALL else 2
+    lanes = batch * cdiv(height, rows) * width
+    grid, tiles, (masked, *block), warps = cover(lanes, dim, each, threads)
+    return grid, lanes, tiles, (masked, rows, *block), warps
+
+
+def cover(lanes, dim, each, threads):
+    """As :func:`plan` for a number of lanes: the grid; tiles of a program; whether the last block of channels is
+    partial, lanes in a tile, its channels; warps of a program."""
     divisor = dim & -dim
     block_c = min(divisor if divisor >= 32 else next_power_of_2(dim), 128)
     warps = max(1, block_c // 32)  # as many threads as channels: Triton then has each weight read by one thread
     block_p = 32 * warps * each // block_c
-    rows = 4 if batch * height * width * dim >= _SMALL else 2
-    channel_blocks = cdiv(dim, block_c)
-    lanes = batch * cdiv(height, rows) * width
-    tiles = cdiv(lanes, block_p)
+    channel_blocks, tiles = cdiv(dim, block_c), cdiv(lanes, block_p)
     tiles_each = cdiv(tiles * channel_blocks * 32 * warps, threads)
-    constants = dim % block_c > 0, rows, block_p, block_c
-    return (channel_blocks, cdiv(tiles, tiles_each), 1), lanes, tiles_each, constants, warps
+    return (channel_blocks, cdiv(tiles, tiles_each), 1), tiles_each, (dim % block_c > 0, block_p, block_c), warps
+
+
+@triton.jit
+def add_pairs(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9):
+    """Ten sums at once, for ``tl.reduce``."""
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9
 
 
 @triton.jit

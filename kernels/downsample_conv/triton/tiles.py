@@ -6,7 +6,8 @@ import functools
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import cdiv, next_power_of_2
+from ..._core.triton_support import cdiv
+from ...depthwise_conv.triton.stencil import cover
 
 
 @functools.lru_cache
@@ -18,16 +19,9 @@ def plan(batch, height, width, dim, each, threads):
         tuple: the grid (blocks of channels, programs, 1); number of lanes; tiles of a program; whether the last block
         of channels is partial, the lanes in a tile, its channels; warps of a program.
     """
-    divisor = dim & -dim
-    block_c = min(divisor if divisor >= 32 else next_power_of_2(dim), 128)
-    warps = max(1, block_c // 32)  # as many threads as channels: Triton then has each weight read by one thread
-    block_p = 32 * warps * each // block_c
-    channel_blocks = cdiv(dim, block_c)
     lanes = batch * cdiv(height, 2) * cdiv(width, 2)
-    tiles = cdiv(lanes, block_p)
-    tiles_each = cdiv(tiles * channel_blocks * 32 * warps, threads)
-    constants = dim % block_c > 0, block_p, block_c
-    return (channel_blocks, cdiv(tiles, tiles_each), 1), lanes, tiles_each, constants, warps
+    grid, tiles, constants, warps = cover(lanes, dim, each, threads)
+    return grid, lanes, tiles, constants, warps
 
 
 @triton.jit
