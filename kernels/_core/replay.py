@@ -4,6 +4,7 @@ What such a function does with tensors of the same shapes is always the same: me
 order. A :class:`Recording` notes it in a pass over tensors without memory, and repeats it on real ones in a fraction of
 the processor's time. Unlike a CUDA graph it holds no memory and works on whatever tensors it is given.
 """
+import functools
 import threading
 
 import torch
@@ -91,7 +92,7 @@ class Recording:
     """What ``function(*inputs)`` does.
 
     ``function`` returns two lists: its results, and what a later function needs. The latter share one block of memory,
-    and temporary tensors another one.
+    temporary tensors another one, and some results a third.
 
     Args:
         function (callable): launches kernels with ``triton_support.launch``, and calls a few PyTorch operations.
@@ -99,38 +100,44 @@ class Recording:
             dense.
         device (torch.device): of the real ones.
         unaligned (Sequence[int]): the inputs whose addresses are no multiples of 16.
+        apart (int | None): so many results have memory of their own; the others, of which memory is taken and given
+            back at once, share a block. None: all are apart.
 
     Raises:
         CannotRecord: there is an operation that it does not know.
         NotRunYet: there is a kernel that has not run yet.
     """
 
-    def __init__(self, function, inputs, device, unaligned=()):
+    def __init__(self, function, inputs, device, unaligned=(), apart=None):
         # In inference mode composed operations would not be taken apart.
         with torch.inference_mode(False), torch.no_grad(), collect_launches() as steps, _Operations(steps):
             results, kept = function(*inputs)
         # All tensors of the pass are alive here, so no two have the same storage.
         self._device, self._unaligned, self._count = device, unaligned, len(inputs)
         self._slots = {_storage(t): (i, 0) for i, t in enumerate(inputs) if t is not None}
-        self._own = {_storage(t): t for t in results if t is not None and _storage(t) not in self._slots}
-        lives = {key: life for key, life in self._lives([(None, None, kept, None)]).items() if key not in self._own}
-        self._kept_size = self._arrange(self._count, lives)
-        for i, (key, tensor) in enumerate(self._own.items()):
-            if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
-                raise CannotRecord('a result that is a part of a tensor')
-            self._slots[key] = self._count + 1 + i, 0
-        self._temporary_size = self._arrange(self._count + 1 + len(self._own), self._lives(steps))
-        self._own = [(tuple(tensor.shape), tensor.dtype) for tensor in self._own.values()]
-        self._views, self._kept_views = _Views(), _Views()
-        self._steps = [self._step(*step) for step in steps]
-        self._results = [None if t is None else self._view(t) for t in results]
+        own = {_storage(t): t for t in results if t is not None and _storage(t) not in self._slots}
+        if any(not t.is_contiguous() or t.untyped_storage().nbytes() != t.nbytes for t in own.values()):
+            raise CannotRecord('a result that is a part of a tensor')
+        alone = {_storage(t) for t in results[:apart] if t is not None}
+        together = self._lives([(None, None, [t for key, t in own.items() if key not in alone], None)])
+        lives = {key: life for key, life in self._lives([(None, None, kept, None)]).items() if key not in own}
+        kept_size, shared_size = self._arrange(self._count, lives), self._arrange(self._count + 1, together)
+        own = [t for key, t in own.items() if key in alone]
+        self._slots.update({_storage(t): (self._count + 3 + i, 0) for i, t in enumerate(own)})
+        self._temporary_size = self._arrange(self._count + 2, self._lives(steps))
+        sizes = kept_size, shared_size, self._temporary_size
+        code = _Code(inputs, device, sizes, own)
+        for step in steps:
+            self._step(code, *step)
+        self._run = code.function([None if t is None else code.view(*self._place(t), t) for t in results])
         # What is kept may be an input: that itself, then.
         given = {id(t): i for i, t in enumerate(inputs) if t is not None}
         self._kept_inputs = {i: given[id(t)] for i, t in enumerate(kept) if id(t) in given}
         kept = [None if i in self._kept_inputs else t for i, t in enumerate(kept)]
         if any(t is not None and self._place(t)[0] != self._count for t in kept):
             raise CannotRecord('a result, or a part of an input, is to be kept')
-        self._kept = [None if t is None else self._kept_views.number(*self._place(t), t) for t in kept]
+        code = _Code(inputs, device, sizes)
+        self._kept = code.function([None if t is None else code.view(*self._place(t), t) for t in kept], kept=True)
         del self._slots
 
     def _lives(self, steps):
@@ -154,100 +161,109 @@ class Recording:
         slot, offset = self._slots[_storage(tensor)]
         return slot, offset + tensor.storage_offset() * tensor.element_size()
 
-    def _view(self, tensor):
-        return self._views.number(*self._place(tensor), tensor)
-
-    def _step(self, function, grid, args, options):
-        """An operation or launch as it is repeated: its function, and what :meth:`__call__` gives that."""
+    def _step(self, code, function, grid, args, options):
+        """Add an operation or a launch to ``code``."""
         if grid is None:
-            return _OPERATIONS[function], [self._view(tensor) for tensor in args]
-        tensors = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-        values = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+            code.call(_OPERATIONS[function], [code.view(*self._place(tensor), tensor) for tensor in args])
+            return
+        places = {i: self._place(arg) for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
         if INTERPRETED:
-
-            def interpret(*given):
-                call = list(values)
-                for i, tensor in zip(tensors, given, strict=True):
-                    call[i] = tensor
-                function[grid](*call, **options)
-            return interpret, [self._view(args[i]) for i in tensors]
-        places = [(i, *self._place(args[i])) for i in tensors]
-        addresses = list(values)
-        for i, slot, offset in places:
-            addresses[i] = offset
-            if slot in self._unaligned:
-                addresses[i] = 1
+            code.call(functools.partial(function[grid], **options),
+                      [code.view(*places[i], arg) if i in places else code.constant(arg) for i, arg in enumerate(args)])
+            return
+        addresses = list(args)
+        for i, (slot, offset) in places.items():
+            addresses[i] = 1 if slot in self._unaligned else offset
         found = started(function, args, addresses, options, self._device)
         if found is None:
             raise NotRunYet(function.__name__)
         start, first = found
-        return start, None, grid, first, values, places
+        code.call(start, [*map(code.constant, grid), 'stream', *map(code.constant, first),
+                          *[code.address(*places[i]) if i in places else code.constant(arg)
+                            for i, arg in enumerate(args)]])
 
     def __call__(self, inputs):
         """The results, and the memory of what is kept; None if that is nothing."""
-        device = self._device
-        kept = torch.empty(self._kept_size, dtype=torch.uint8, device=device) if self._kept_size else None
-        blocks = [*inputs, kept]
-        for shape, dtype in self._own:
-            blocks.append(torch.empty(shape, dtype=dtype, device=device))
-        if self._temporary_size:
-            blocks.append(torch.empty(self._temporary_size, dtype=torch.uint8, device=device))
-        addresses = [None if block is None else block.data_ptr() for block in blocks]
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == 'cuda' else None
-        made, make = self._views.of(blocks)
-        for function, tensors, *launch in self._steps:
-            if tensors is not None:
-                function(*[tensor if (tensor := made[n]) is not None else make(n) for n in tensors])
-                continue
-            grid, first, values, places = launch
-            values = values.copy()
-            for i, slot, offset in places:
-                values[i] = addresses[slot] + offset
-            function(*grid, stream, *first, *values)
-        return [None if n is None else tensor if (tensor := made[n]) is not None else make(n)
-                for n in self._results], kept
+        return self._run(inputs)
 
     def tensors_kept(self, inputs, kept):
         """What is kept, as the function returned it."""
-        made, make = self._kept_views.of([*inputs, kept])
-        tensors = [None if n is None else tensor if (tensor := made[n]) is not None else make(n) for n in self._kept]
+        tensors = self._kept(inputs, kept)
         for i, given in self._kept_inputs.items():
             tensors[i] = inputs[given]
         return tensors
 
 
-class _Views:
-    """Tensors that are parts of blocks of memory, by numbers."""
+class _Code:
+    """Source of a Python function, a line for each launch and operation: a loop over them would take twice the time.
 
-    def __init__(self):
-        self._numbers, self._specs = {}, []
+    Blocks of memory, by their numbers: the inputs, blocks of some ``sizes`` in bytes, the first of which is kept, and
+    results.
+    """
 
-    def number(self, slot, offset, like):
-        """That of the tensor ``offset`` bytes behind the beginning of block ``slot``, else like ``like``."""
-        spec = slot, offset // like.element_size(), like.dtype, tuple(like.shape), like.stride()
-        if spec not in self._numbers:
-            self._numbers[spec] = len(self._specs)
-            self._specs.append(spec)
-        return self._numbers[spec]
+    def __init__(self, inputs, device, sizes, results=()):
+        current_stream = torch._C._cuda_getCurrentRawStream if device.type == 'cuda' else lambda index: None
+        self._names = dict(empty=torch.empty, part=_part, device=device, index=device.index, uint8=torch.uint8,
+                           current_stream=current_stream)
+        self._count, self._lines, self._views = len(inputs), [], {}
+        self._blocks = [(None, None, None) if t is None else (t.dtype, tuple(t.shape), t.stride()) for t in inputs]
+        self._made = []
+        for size in sizes:
+            self._made.append(f'b{len(self._blocks)} = ' +
+                              (f'empty({size}, dtype=uint8, device=device)' if size else 'None'))
+            self._blocks.append((torch.uint8, (size,), (1,)))
+        for t in results:
+            self._made.append(f'b{len(self._blocks)} = empty({tuple(t.shape)}, dtype={self.constant(t.dtype)}, '
+                              'device=device)')
+            self._blocks.append((t.dtype, tuple(t.shape), t.stride()))
 
-    def of(self, blocks):
-        """A list of the tensors made so far, None for the others, and a function that makes one, given its number."""
-        made, bases = [None] * len(self._specs), {}
+    def constant(self, value):
+        """``value`` in the source."""
+        return repr(value) if value is None or type(value) in (int, bool) else self._name(value)
 
-        def make(number):
-            slot, offset, dtype, shape, stride = self._specs[number]
-            base = blocks[slot]
-            if base.dtype != dtype:
-                base = bases.get((slot, dtype))
-                if base is None:
-                    base = bases[slot, dtype] = blocks[slot].view(dtype)
-            elif base.shape == shape and base.stride() == stride:
-                made[number] = base
-                return base
-            made[number] = tensor = _part(base, shape, stride, offset)
-            return tensor
+    def _name(self, value):
+        name = f'c{len(self._names)}'
+        self._names[name] = value
+        return name
 
-        return made, make
+    def address(self, block, offset):
+        """The address ``offset`` bytes behind the beginning of a block."""
+        if ('address', block) not in self._views:
+            self._views['address', block] = f'a{block}'
+            self._lines.append(f'a{block} = b{block}.data_ptr()')
+        return f'a{block} + {offset}' if offset else f'a{block}'
+
+    def view(self, block, offset, like):
+        """The tensor ``offset`` bytes behind the beginning of a block, else like ``like``."""
+        dtype, shape, stride = self._blocks[block]
+        spec = block, offset, like.dtype, tuple(like.shape), like.stride()
+        if spec == (block, 0, dtype, shape, stride):
+            return f'b{block}'
+        if spec not in self._views:
+            base = f'b{block}'
+            if like.dtype != dtype:
+                if (block, like.dtype) not in self._views:
+                    self._views[block, like.dtype] = name = f'v{len(self._views)}'
+                    self._lines.append(f'{name} = {base}.view({self.constant(like.dtype)})')
+                base = self._views[block, like.dtype]
+            self._views[spec] = name = f'v{len(self._views)}'
+            self._lines.append(f'{name} = part({base}, {tuple(like.shape)}, {like.stride()}, '
+                               f'{offset // like.element_size()})')
+        return self._views[spec]
+
+    def call(self, function, args):
+        self._lines.append(f'{self._name(function)}({", ".join(args)})')
+
+    def function(self, results, kept=False):
+        """That of the inputs which does all this, and returns ``results`` and what is kept; with ``kept``, which has
+        that from before, ``results``."""
+        count = self._count
+        unpack = [f'{"".join(f"b{i}, " for i in range(count))} = inputs'] if count else []
+        made = [] if kept else [*self._made, 'stream = current_stream(index)']
+        lines = [f'def run(inputs{f", b{count}" if kept else ""}):', *unpack, *made, *self._lines,
+                 f'return [{", ".join(map(str, results))}]' + ('' if kept else f', b{count}')]
+        exec(compile('\n    '.join(lines), '<recording>', 'exec'), self._names)  # noqa: S102
+        return self._names['run']
 
 
 def can_repeat(device):

@@ -118,6 +118,20 @@ def test_temporary_memory_is_shared(add):
     assert torch.equal(recording([x])[0][0], chain(x)[0][0])
 
 
+@pytest.mark.parametrize('apart', [None, 1, 2])
+def test_results_that_share_memory(add, apart):
+    def run(x, y):
+        return [add(x, y, torch.empty_like(x)), torch.mm(x, y.t()), add(x, x, torch.empty_like(x)), None, y], []
+
+    x, y = torch.randn(2, 8, 16)
+    recording = Recording(run, like(x, y), CPU, apart=apart)
+    (results, _), (again, _) = recording((x, y)), recording((x, y))
+    for got, more, want in zip(results, again, run(x, y)[0], strict=True):
+        assert got is want or torch.equal(got, want) and got.is_contiguous() and got.data_ptr() % 64 == 0
+        assert got is None or got is y or got.data_ptr() != more.data_ptr()
+    assert len({t.untyped_storage().data_ptr() for t in results[:3]}) == 3 - (apart == 1)
+
+
 @pytest.mark.parametrize('seed', range(20))
 def test_plan_has_nothing_overlap(seed):
     r = random.Random(seed)
@@ -158,7 +172,7 @@ def test_kernel_that_has_not_run_is_recorded_later(add):
 
 def test_alignment_is_part_of_what_starts_a_kernel(add, monkeypatch):
     asked = []
-    monkeypatch.setattr(replay, 'started', lambda kernel, args, values, *_: asked.append(values[:3]) or (None, ()))
+    monkeypatch.setattr(replay, 'started', lambda kernel, args, values, *_: asked.append(values[:3]) or (print, ()))
     x = torch.empty(8, 16)
 
     def run(x, y):

@@ -573,6 +573,12 @@ def compiled_name(mode):
     return ' compiled' + {'default': '', 'reduce-overhead': ', CUDA graphs'}[mode]
 
 
+def drop_gradients(parameters):
+    """As ``zero_grad`` does, without a search of the modules, which takes milliseconds."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
 def gradients_of(call, model):
     """The gradients of ``model`` after ``call()``, with the same random numbers each time."""
     torch.manual_seed(1)
@@ -602,13 +608,14 @@ def run_model(report, meter, args, model_name, mode, dtype_name):
         report.add(name, dtype_name, errors=errors, wrong=True, backend=common['backend'])
         return
     model.train(mode == 'train')
+    parameters = list(model.parameters())
 
     def infer(net):
         with torch.inference_mode(), autocast(meter, dtype):
             return net(images)
 
     def train(net):
-        model.zero_grad(set_to_none=True)
+        drop_gradients(parameters)
         with autocast(meter, dtype):
             loss = F.cross_entropy(net(images), labels)
         loss.backward()
@@ -765,15 +772,17 @@ def run_dense(report, meter, args, task, model_name, dtype_name):
             return sum(total(item) for key, item in value.items() if 'loss' in key)
         return sum(map(total, value)) if isinstance(value, (list, tuple)) else value.mean()
 
+    parameters, of_backbone = list(model.parameters()), list(model.backbone.parameters())
+
     def train():
-        model.zero_grad(set_to_none=True)
+        drop_gradients(parameters)
         with autocast(meter, dtype):
             loss = total(model.loss(images, samples))
         loss.backward()
         return loss.detach()
 
     def backbone_passes():
-        model.zero_grad(set_to_none=True)
+        drop_gradients(of_backbone)
         with autocast(meter, dtype):
             loss = sum(output.float().mean() for output in model.backbone(images))
         loss.backward()
