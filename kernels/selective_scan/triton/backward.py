@@ -151,6 +151,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             back = count - 1 - i
             start = first + back * ahead
             left = (L - start).to(tl.int32)
+            if not MAPS:  # In units of log(2), as steps are.
+                h = tl.load(states + ((row * chunks + start // CHUNK) * N + n) * D + d, mask=in_d, other=0.0) * LOG2_E
             # The block before is loaded while this one is worked on; before the first one, that one again.
             prior = first + tl.maximum(back - 1, 0) * ahead
             following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d,
@@ -170,9 +172,6 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                     carry = decays[s] * (_times(cs, grads, s) + carry)
             else:
                 begin = 0 if ORDER else start
-                chunk = start // CHUNK
-                # In units of log(2), as steps are.
-                h = tl.load(states + ((row * chunks + chunk) * N + n) * D + d, mask=in_d, other=0.0) * LOG2_E
                 group_a = tl.full([GROUPS, WARPS, 16], 1.0, tl.float32)
                 group_h = tl.zeros([GROUPS, WARPS, 16], tl.float32)
                 group_r = tl.zeros([GROUPS, WARPS, 16], tl.float32)

@@ -21,6 +21,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 #: Sequences are split where images, directions and blocks of channels alone give fewer warps than the first; into as
 #: many segments as make the second.
 _FEW_WARPS, _ENOUGH_WARPS = 500, 2112
+#: Between few and so many warps, which are no segments, each needs more that it can do at once.
+_MANY_WARPS = 1500
 #: Above so many slots, see ``load_projection``, a program does not hold them: a thread has 255 registers.
 _MOST_SLOTS = 64
 #: Backward holds the ranks' sums.
@@ -43,9 +45,10 @@ def _dense(tensor):
 
 
 class Launch:
-    """The shapes of one call, and the launch of kernels whose first arguments are those of the operator."""
+    """The shapes of one call, and the launch of kernels whose first arguments are those of the operator. ``alone``:
+    the steps where a warp has few beside it that could work while it waits."""
 
-    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log):
+    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log, alone=None):
         (self.batch, self.L, self.D), (self.K, self.R), self.N = x.shape, dt.shape[2:], B.shape[3]
         self.output, self.chunks = C is not None, cdiv(self.L, chunk)
         self.num_warps = min(warps, next_power_of_2(cdiv(self.D, 16)))
@@ -62,6 +65,8 @@ class Launch:
             order_image = order.stride(0) if order.dim() == 3 else 0
         self.tensors = (self.x, dt, A.contiguous(), B, C, weight.contiguous(), bias.contiguous(),
                         None if skip is None else skip.contiguous(), order)
+        if alone and _FEW_WARPS <= programs * self.num_warps < _MANY_WARPS:
+            steps = alone
         # Within a segment places have 32 bits.
         widest = 8 * steps * max(x_row, self.N * self.D, *(t.stride(1) for t in (dt, B, C)))
         self.segments, self.each = _segments(programs * self.num_warps, cdiv(self.L, 8 * steps),
@@ -101,13 +106,14 @@ def load_rate(A, LOG: tl.constexpr, mask):
 
 @triton.jit
 def soft_step(v):
-    """``softplus(-v) / log(2)`` for ``v`` in units of log(2), good to 1e-6 of its value, however small it is:
+    """``softplus(-v) / log(2)`` for ``v`` in units of log(2), good to 4e-7 of its value, however small it is:
     exponentials are to base 2 here, and ``exp2(A * step)`` is the decay."""
     u = exp2(tl.abs(v) * -1.0)
     # log2(1 + u) / u on [0, 1], by least relative error
-    p = -0.012319473549723625 * u + 0.06360789388418198
-    p = ((p * u - 0.15535187721252441) * u + 0.2560097277164459) * u - 0.35339483618736267
-    p = ((p * u + 0.48006370663642883) * u - 0.7213100790977478) * u + 1.4426947832107544
+    p = 0.0075491308234632015 * u - 0.042566847056150436
+    p = ((p * u + 0.11285582184791565) * u - 0.1971186250448227) * u + 0.27564123272895813
+    p = ((p * u - 0.3584084212779999) * u + 0.48069295287132263) * u - 0.7213401794433594
+    p = p * u + 1.4426950216293335
     return p * u - tl.minimum(v, 0.0)
 
 
@@ -119,13 +125,15 @@ def slope_of(v):
 
 @triton.jit
 def split_tf32(x):
-    """``x`` as the sum of two numbers of which tensor cores read every digit, nearly."""
-    if _INTERPRETED:
-        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        return high, x - high
+    """``x`` as the sum of two numbers of which tensor cores read every digit, nearly: the first, rounded to their
+    eleven digits, leaves twelve."""
+    if _INTERPRETED:  # tensor cores leave out the digits that they do not read
+        high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+        return high, ((x - high).to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     else:  # otherwise the compiler joins the difference with what comes before, which takes one instruction more
-        return tl.inline_asm_elementwise('and.b32 $0, $2, 0xffffe000; sub.f32 $1, $2, $0;', '=&f,=f,f', [x],
-                                         (tl.float32, tl.float32), True, 1)
+        return tl.inline_asm_elementwise(
+            '{ .reg .b32 t; mov.b32 t, $2; add.s32 t, t, 4096; and.b32 $0, t, 0xffffe000; sub.f32 $1, $2, $0; }',
+            '=&f,=f,f', [x], (tl.float32, tl.float32), True, 1)
 
 
 @triton.jit

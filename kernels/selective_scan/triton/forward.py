@@ -161,14 +161,14 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
             tl.store(at + D + g * 0, b, mask=(g == 0) & in_d)
 
 
-#: Warps of a program, and steps of a group in raster order and in another, which takes registers.
-_WARPS, _STEPS, _STEPS_IN_ORDER = 4, 8, 4
+#: Warps of a program, steps of a group, and those where few warps have no order, which takes registers.
+_WARPS, _STEPS, _STEPS_ALONE = 4, 4, 8
 
 
 def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
     """``y`` and the state before each chunk; see ``ops.py``. ``log``: ``A`` has logarithms, of the rates' opposites."""
-    run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS,
-                 _STEPS if order is None else _STEPS_IN_ORDER, log)
+    run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS, _STEPS, log,
+                 _STEPS_ALONE if order is None else None)
     states = x.new_empty((run.batch, run.K, run.chunks, run.N, run.D), dtype=torch.float32)
     if not run.output:
         y = x.new_empty((run.batch, run.L, run.N, run.D))
