@@ -68,6 +68,7 @@ CASES = {case.name: case for case in (
     # One image and few channels: the sequence itself is split among threads, or programs if it is long.
     Case('segments', batch=1, length=530, dim=3),
     Case('segments-order', batch=1, length=530, dim=3, order=1, output='skip'),
+    Case('segments-K2', batch=1, length=601, dim=20, d_state=2, directions=2, output='skip'),
     Case('one_row', batch=1, length=200, dim=5),
     Case('one_row-K2', batch=1, length=200, dim=20, directions=2, order=2, output='skip', d_state=3),
     Case('one_row-y', batch=1, length=130, dim=1, output='y', steps='large'),

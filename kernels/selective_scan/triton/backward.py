@@ -18,6 +18,7 @@ from .blocks import (
     load_tile,
     pack,
     places,
+    prefetch,
     product_channel,
     project,
     project_many,
@@ -128,6 +129,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         own_in = (own < D) & (column < R)[None, None, :]
         wide = tl.load(weight + own * R + column[None, None, :], mask=own_in, other=0.0).to(tl.float32)
         wide_high, wide_rest = split_tf32(wide)
+        lines = tl.arange(0, max(WARPS // 2, 1)) * 32
         sum_bias = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         sum_skip = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         sum_weight = tl.zeros([WARPS, 16, WIDTH], tl.float32)
@@ -141,7 +143,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         sum_rate = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         carry = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         if SEGMENTED and not MAPS:
-            carry = state_before(maps + (row * N + n) * segs * 2 * D, segs - 1 - seg, segs - 1, -1, D, d, in_d)
+            carry = state_before(maps + (row * N + n) * segs * 2 * D, segs - 1 - seg, segs - 1, -1, D, 2 * D, d, in_d)
         start = first + (count - 1) * ahead
         loaded = _load(x, dt, B + n, C + n, grad_n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS,
                        SLOTS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
@@ -151,7 +153,9 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             back = count - 1 - i
             start = first + back * ahead
             left = (L - start).to(tl.int32)
-            if not MAPS:  # In units of log(2), as steps are.
+            if not MAPS:  # in units of log(2), as steps are
+                soon = tl.maximum(start // CHUNK - 2, 0)
+                prefetch(states + ((row * chunks + soon) * N + n) * D + block * WARPS * 16 + lines)
                 h = tl.load(states + ((row * chunks + start // CHUNK) * N + n) * D + d, mask=in_d, other=0.0) * LOG2_E
             # The block before is loaded while this one is worked on; before the first one, that one again.
             prior = first + tl.maximum(back - 1, 0) * ahead
@@ -343,7 +347,7 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, 
     token_sums = x.new_empty((run.blocks, batch, K, L, columns), **fp32)
     parts, rows = batch * run.segments, R + 1 + N + (skip is not None)
     sums = x.new_empty((parts, K, rows, D), **fp32)
-    maps = run.maps()
+    maps = run.maps(1)
     buffers = grad, states, maps, grad_x, grad_delta, token_sums, sums
     if maps is not None:
         run(_scan_backward, N, *buffers, maps=True)

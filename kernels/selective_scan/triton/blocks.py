@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..._core.backends import BackendError
-from ..._core.triton_math import LOG2_E, exp2, reciprocal
+from ..._core.triton_math import LOG2_E, exp2, exp2_minus_abs, reciprocal
 from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2
 
 #: Arguments of the kernels that change with the size of the map: no kernel is compiled anew for their values.
@@ -82,11 +82,11 @@ class Launch:
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
                         self.num_warps, steps, chunk, self.output, skip is not None, order is not None, log)
 
-    def maps(self):
-        """Memory for what segments do to states, or None where there is one segment."""
+    def maps(self, each):
+        """Memory for what segments do to states, ``each`` map by map, or None where there is one segment."""
         if self.segments == 1:
             return None
-        return self.x.new_empty((self.batch, self.K, self.N, self.segments, 2, self.D), dtype=torch.float32)
+        return self.x.new_empty((self.batch, self.K, self.N, self.segments, each, 2, self.D), dtype=torch.float32)
 
     def __call__(self, kernel, states, *buffers, maps):
         """Launch ``kernel`` with ``states`` programs per image, direction, segment and block of channels."""
@@ -108,7 +108,7 @@ def load_rate(A, LOG: tl.constexpr, mask):
 def soft_step(v):
     """``softplus(-v) / log(2)`` for ``v`` in units of log(2), good to 4e-7 of its value, however small it is:
     exponentials are to base 2 here, and ``exp2(A * step)`` is the decay."""
-    u = exp2(tl.abs(v) * -1.0)
+    u = exp2_minus_abs(v)
     # log2(1 + u) / u on [0, 1], by least relative error
     p = 0.0075491308234632015 * u - 0.042566847056150436
     p = ((p * u + 0.11285582184791565) * u - 0.1971186250448227) * u + 0.27564123272895813
@@ -141,6 +141,14 @@ def load_tile(base, rows, columns, here, ROW: tl.constexpr, COUNT: tl.constexpr)
     """``base[rows, columns]``, zero where a row is not ``here`` or a column not below ``COUNT``."""
     mask = here[:, None] & (columns < COUNT)[None, :]
     return tl.load(base + rows[:, None] * ROW + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def prefetch(at):
+    """A hint to bring the memory at some addresses to the L2 cache, 128 bytes at each."""
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.b32 $0, 0;', '=r,l', [at.to(tl.int64)], tl.int32, False,
+                                  1)
 
 
 @triton.jit
@@ -325,16 +333,16 @@ def both_ways(a, b, r):
 
 
 @triton.jit
-def state_before(maps, count, first, step, D: tl.constexpr, d, in_d):
+def state_before(maps, count, first, step, D: tl.constexpr, MAP: tl.constexpr, d, in_d):
     """The state, [groups, warps, 16] with all groups alike, that ``count`` segments leave behind, each a map
-    ``h -> a h + b``; they start at segment ``first`` and go by ``step``. ``maps``: (segments, 2, D)."""
+    ``h -> a h + b``; they start at segment ``first`` and go by ``step``. ``maps``: a and b, (2, D), every ``MAP``."""
     g = tl.arange(0, GROUPS)[:, None, None]
     each = tl.cdiv(count, GROUPS)
     a = tl.where(in_d & (g >= 0), 1.0, 1.0)
     b = a * 0
-    for i in tl.range(0, each, num_stages=1, loop_unroll_factor=4):
+    for i in tl.range(0, each, num_stages=1, loop_unroll_factor=8):
         there = (g * each + i < count) & in_d
-        place = maps + (first + step * (g * each + i)).to(tl.int64) * 2 * D + d
+        place = maps + (first + step * (g * each + i)).to(tl.int64) * MAP + d
         by = tl.load(place, mask=there, other=1.0)
         b = by * b + tl.load(place + D, mask=there, other=0.0)
         a *= by

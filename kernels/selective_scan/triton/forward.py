@@ -15,6 +15,7 @@ from .blocks import (
     load_steps,
     load_tile,
     places,
+    prefetch,
     project,
     project_many,
     soft_step,
@@ -53,9 +54,9 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
           LOG: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
     """One segment of one image and direction, ``16 * WARPS`` channels, and one state; all states with ``OUTPUT``.
 
-    ``MAPS``: only what the segment does to a state, for the segments after it. Groups then walk far apart, so that they
-    meet but once. Layouts: y (batch, L, N, D) without ``OUTPUT``, else (batch, K, L, D); states (batch, K, chunks, N,
-    D); maps (batch, K, N, segs, 2, D).
+    ``MAPS``: only what the segment does to a state, for the segments after it, and what its groups up to each do, for
+    the next pass. Layouts: y (batch, L, N, D) without ``OUTPUT``, else (batch, K, L, D); states (batch, K, chunks, N,
+    D); maps (batch, K, N, segs, 1 + groups, 2, D).
     """
     BLOCKS: tl.constexpr = (D + 16 * WARPS - 1) // (16 * WARPS)
     NS: tl.constexpr = N if MAPS or not OUTPUT else 1  # states that are programs of their own
@@ -85,30 +86,40 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
     if ORDER:
         order += image * order_image + k * order_row
     Y_ROW: tl.constexpr = D if OUTPUT else N * D
-    runs = tl.arange(0, GROUPS) * STEPS
+    MAP: tl.constexpr = (1 + GROUPS) * 2 * D
     g = tl.arange(0, GROUPS)[:, None, None]
-    # Of the segment's tokens, a group has every GROUPS-th run of STEPS, or one run.
-    apart = each * STEPS if MAPS else STEPS
-    ahead = STEPS if MAPS else BLOCK
+    # Of the tokens of its segment a group has one run. Where there is one segment, which nobody walked before, groups
+    # have every GROUPS-th run of STEPS, and in each block tell those behind what they do to a state.
+    apart = each * STEPS if SEGMENTED else STEPS
+    ahead = STEPS if SEGMENTED else BLOCK
+    runs = tl.arange(0, GROUPS) * apart
     first = (seg * each).to(tl.int64) * BLOCK
-    count = each if MAPS else tl.minimum(each, tl.cdiv(L - first, BLOCK).to(tl.int32))
 
     for n in range(first_n, first_n + N // NS):
+        loaded = _load(x, dt, B + n, order, first, (L - first).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, X_ROW,
+                       DT_ROW, B_ROW, STEPS, ORDER)
         rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         h = tl.zeros([GROUPS, WARPS, 16], tl.float32)
         total = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+        if SEGMENTED:
+            maps_n = maps + (row * N + n) * segs * MAP
+            own = maps_n + seg * MAP + d
         if SEGMENTED and not MAPS:
-            h = state_before(maps + (row * N + n) * segs * 2 * D, seg, 0, 1, D, d, in_d)
-        loaded = _load(x, dt, B + n, order, first, (L - first).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, X_ROW,
-                       DT_ROW, B_ROW, STEPS, ORDER)
+            there = in_d & (g >= 0)
+            h = state_before(maps_n, seg, 0, 1, D, MAP, d, in_d)
+            h = tl.load(own + (1 + g) * 2 * D, mask=there, other=0.0) * h \
+                + tl.load(own + (1 + g) * 2 * D + D, mask=there, other=0.0)
         loaded = _widen(*loaded)
-        for i in tl.range(0, count, num_stages=1):
+        for i in tl.range(0, each, num_stages=1):
             low, us, bs = loaded
             start = first + i * ahead
             left = (L - start).to(tl.int32)
             # The next block is loaded while this one is worked on.
             following = _load(x, dt, B + n, order, start + ahead, left - ahead, apart, d, in_d, R, RANKS, SLOTS,
                               X_ROW, DT_ROW, B_ROW, STEPS, ORDER)
+            if not SEGMENTED and not ORDER:  # the one after that, for a program with few beside it
+                soon = tl.minimum(2 * BLOCK + tl.arange(0, BLOCK), left - 1)
+                prefetch(x + start * X_ROW + soon * X_ROW + block * WARPS * 16)
             if SLOTS:
                 projected = project(low[0], weights, bias, RANKS, STEPS)
             else:
@@ -121,20 +132,23 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
                 step = soft_step(projected[s])
                 a = exp2(step * rate)
                 b = step * us[s] * (bs[s] * LN2)
+                decays, drives = decays + (a,), drives + (b,)
                 if MAPS:
                     total += step
                     h = a * h + b
-                else:
+                elif not SEGMENTED:
                     group_a *= a
                     group_b = a * group_b + b
-                    decays, drives = decays + (a,), drives + (b,)
             if not MAPS:
-                all_a, all_b, enter_a, enter_b = through_groups(group_a, group_b)
-                enter = enter_a * h + enter_b
-                h = all_a * h + all_b
-                chunk = start // CHUNK + g * STEPS // CHUNK
+                enter = h
+                if not SEGMENTED:
+                    all_a, all_b, enter_a, enter_b = through_groups(group_a, group_b)
+                    enter = enter_a * h + enter_b
+                    h = all_a * h + all_b
+                ran = i * ahead + g * apart
+                chunk = first // CHUNK + ran // CHUNK
                 tl.store(states + ((row * chunks + chunk) * N + n) * D + d, enter,
-                         mask=(g * STEPS % CHUNK == 0) & (chunk < chunks) & in_d)
+                         mask=(ran % CHUNK == 0) & (chunk < chunks) & in_d)
                 begin = 0 if ORDER else start
                 rows, here = places(order, start, runs, left, STEPS, ORDER)
                 if OUTPUT:
@@ -153,12 +167,15 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
                         tl.store(out, value, mask=inside)
                     else:
                         tl.store(out, enter, mask=inside)
+                if SEGMENTED:
+                    h = enter
             loaded = _widen(*following)
         if MAPS:
-            a, b, _, _ = through_groups(exp2(rate * total), h)
-            at = maps + ((row * N + n) * segs + seg) * 2 * D + d
-            tl.store(at + g * 0, a, mask=(g == 0) & in_d)
-            tl.store(at + D + g * 0, b, mask=(g == 0) & in_d)
+            a, b, to_a, to_b = through_groups(exp2(rate * total), h)
+            tl.store(own + g * 0, a, mask=(g == 0) & in_d)
+            tl.store(own + D + g * 0, b, mask=(g == 0) & in_d)
+            tl.store(own + (1 + g) * 2 * D, to_a, mask=in_d)
+            tl.store(own + (1 + g) * 2 * D + D, to_b, mask=in_d)
 
 
 #: Warps of a program, steps of a group, and those where few warps have no order, which takes registers.
@@ -176,7 +193,7 @@ def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
         sums = run.K * run.N > 1
         y = x.new_empty((run.batch, run.K, run.L, run.D), dtype=torch.float32 if sums else x.dtype)
     if x.numel():
-        maps = run.maps()
+        maps = run.maps(1 + GROUPS.value)
         if maps is not None:
             run(_scan, run.N, maps, y, states, maps=True)
         run(_scan, 1 if run.output else run.N, maps, y, states, maps=False)
