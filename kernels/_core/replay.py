@@ -100,8 +100,8 @@ class Recording:
             dense.
         device (torch.device): of the real ones.
         unaligned (Sequence[int]): the inputs whose addresses are no multiples of 16.
-        apart (int | None): so many results have memory of their own; the others, of which memory is taken and given
-            back at once, share a block. None: all are apart.
+        apart (int | None): so many results have memory of their own; the others, where they are of one dtype, share a
+            block, and keep it as long as one of them is held. None: all are apart.
 
     Raises:
         CannotRecord: there is an operation that it does not know.
@@ -118,7 +118,9 @@ class Recording:
         own = {_storage(t): t for t in results if t is not None and _storage(t) not in self._slots}
         if any(not t.is_contiguous() or t.untyped_storage().nbytes() != t.nbytes for t in own.values()):
             raise CannotRecord('a result that is a part of a tensor')
+        shared = [] if apart is None else [t for t in results[apart:] if t is not None]
         alone = {_storage(t) for t in results[:apart] if t is not None}
+        alone |= {_storage(t) for t in shared if t.dtype != shared[0].dtype}
         together = self._lives([(None, None, [t for key, t in own.items() if key not in alone], None)])
         lives = {key: life for key, life in self._lives([(None, None, kept, None)]).items() if key not in own}
         kept_size, shared_size = self._arrange(self._count, lives), self._arrange(self._count + 1, together)
@@ -236,6 +238,8 @@ class _Code:
     def view(self, block, offset, like):
         """The tensor ``offset`` bytes behind the beginning of a block, else like ``like``."""
         dtype, shape, stride = self._blocks[block]
+        if shape == (0,):
+            raise CannotRecord('nothing but empty tensors')
         spec = block, offset, like.dtype, tuple(like.shape), like.stride()
         if spec == (block, 0, dtype, shape, stride):
             return f'b{block}'
@@ -263,7 +267,7 @@ class _Code:
         lines = [f'def run(inputs{f", b{count}" if kept else ""}):', *unpack, *made, *self._lines,
                  f'return [{", ".join(map(str, results))}]' + ('' if kept else f', b{count}')]
         exec(compile('\n    '.join(lines), '<recording>', 'exec'), self._names)  # noqa: S102
-        return self._names['run']
+        return self._names.pop('run')  # which knows them
 
 
 def can_repeat(device):

@@ -1,6 +1,8 @@
 """Functions of kernels and PyTorch operations are repeated without their Python."""
 import ctypes
+import gc
 import random
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,15 +123,33 @@ def test_temporary_memory_is_shared(add):
 @pytest.mark.parametrize('apart', [None, 1, 2])
 def test_results_that_share_memory(add, apart):
     def run(x, y):
-        return [add(x, y, torch.empty_like(x)), torch.mm(x, y.t()), add(x, x, torch.empty_like(x)), None, y], []
+        total = add(x, y, torch.empty_like(x))
+        product = torch.mm(total, y.t())
+        more = add(torch.mm(product, x), total, torch.empty_like(x))
+        return [more, torch.mm(x, y.t()), add(x, x, torch.empty_like(x)), None, y, more.to(torch.bfloat16)], [total]
 
     x, y = torch.randn(2, 8, 16)
     recording = Recording(run, like(x, y), CPU, apart=apart)
-    (results, _), (again, _) = recording((x, y)), recording((x, y))
-    for got, more, want in zip(results, again, run(x, y)[0], strict=True):
+    with deterministic(fill=True):
+        (results, kept), (again, _) = recording((x, y)), recording((x, y))
+    expected = run(x, y)
+    assert torch.equal(recording.tensors_kept((x, y), kept)[0], expected[1][0])
+    for got, more, want in zip(results, again, expected[0], strict=True):
         assert got is want or torch.equal(got, want) and got.is_contiguous() and got.data_ptr() % 64 == 0
         assert got is None or got is y or got.data_ptr() != more.data_ptr()
-    assert len({t.untyped_storage().data_ptr() for t in results[:3]}) == 3 - (apart == 1)
+    # Those of one dtype share: torch.save takes no tensors of two dtypes that do.
+    assert len({results[i].untyped_storage().data_ptr() for i in (0, 1, 2, 5)}) == 4 - (apart == 1)
+
+
+def test_dropped_recordings_are_gone():
+    recording = Recording(lambda x: ([torch.mm(x, x)], []), like(torch.empty(4, 4)), CPU)
+    function = weakref.ref(recording._run)
+    gc.disable()  # as training loops do
+    try:
+        del recording
+        assert function() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize('seed', range(20))

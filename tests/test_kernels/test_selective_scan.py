@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from kernel_testing import Call, calls, room
+from kernel_testing import DEVICES, Call, calls, room
 from mmengine.analysis import FlopAnalyzer
 
 from mmvssm.kernels import selective_scan, selective_scan_reference
@@ -165,3 +165,28 @@ def test_flops(name, per_state, skip):
 def test_segments(warps, blocks, longest, segments, each):
     pytest.importorskip('triton')
     assert room('selective_scan', 'triton.blocks')._segments(warps, blocks, longest) == (segments, each)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case, settings, steps, segments, each', [
+    ('length_200', dict(_FEW_WARPS=1), 8, 1, 4), ('length_65', dict(_FEW_WARPS=1), 8, 1, 2),
+    ('segments', dict(_ENOUGH_WARPS=5), 4, 5, 4), ('segments', dict(_ENOUGH_WARPS=3), 4, 3, 6),
+    ('segments-order', dict(_ENOUGH_WARPS=6), 4, 6, 3)],
+    ids=['steps_8', 'steps_8-65', 'each_4', 'each_6', 'each_3-order'])
+def test_cut_as_for_larger_sizes(monkeypatch, case, settings, steps, segments, each, device):
+    call = Call('selective_scan', case, 'triton', device)
+    tensors = call.inputs(torch.float32)
+    blocks, forward = (room('selective_scan', f'triton.{part}') for part in ('blocks', 'forward'))
+    seen = []
+
+    class Launch(forward.Launch):
+
+        def __call__(self, *args, **kwargs):
+            seen.append((self.numbers[-6], self.segments, self.each))
+            super().__call__(*args, **kwargs)
+
+    monkeypatch.setattr(forward, 'Launch', Launch)
+    for name, value in settings.items():
+        monkeypatch.setattr(blocks, name, value)
+    call.check(call.evaluate(tensors), call.expected(call.inputs(torch.float32)))
+    assert set(seen) == {(steps, segments, each)}

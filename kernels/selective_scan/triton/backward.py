@@ -162,7 +162,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d,
                               R, RANKS, SLOTS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
             if SLOTS:
-                projected = project(low[0], weights, bias, RANKS, STEPS)
+                projected = project(low[0], weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
                 projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS, STEPS,
                                          ORDER)
@@ -242,12 +242,13 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                     out_at = token_sums + begin * COLUMNS + spot[:, None] * COLUMNS + column[None, :]
                     tl.store(out_at, tl.sum(out, 0), mask=in_l[:, None] & (column < R)[None, :])
                     dts = load_tile(dt + begin * DT_ROW, spot, column, in_l, DT_ROW, R).to(tl.float32)
-                    low_high, low_rest = split_tf32(tl.broadcast_to(dts[None, :, :], (WARPS, CHUNK, WIDTH)))
+                    dts = tl.broadcast_to(dts[None, :, :], (WARPS, CHUNK, WIDTH))
                     high, rest = split_tf32(tl.permute(all_dv, (0, 2, 1)))
-                    sum_weight = tl.dot(high, low_high, sum_weight, input_precision='tf32')
-                    sum_weight = tl.dot(rest, low_high, sum_weight, input_precision='tf32')
                     if dt.dtype.element_ty == tl.float32:
-                        sum_weight = tl.dot(high, low_rest, sum_weight, input_precision='tf32')
+                        dts, dts_rest = split_tf32(dts)
+                        sum_weight = tl.dot(high, dts_rest, sum_weight, input_precision='tf32')
+                    sum_weight = tl.dot(high, dts, sum_weight, input_precision='tf32')
+                    sum_weight = tl.dot(rest, dts, sum_weight, input_precision='tf32')
             loaded = _widen(*following)
         if MAPS:
             a, r, _, _ = through_groups(exp2(rate * total), carry, True)

@@ -187,15 +187,19 @@ def load_projection(weight, block, D: tl.constexpr, R: tl.constexpr, RANKS: tl.c
 
 
 @triton.jit
-def project(low, weights, bias, RANKS: tl.constexpr, STEPS: tl.constexpr):
+def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS: tl.constexpr):
     """``-(dt @ dt_weight.T + dt_bias)`` in units of log(2), as a tuple of ``STEPS`` tensors [groups, warps, 16].
 
-    ``low``, [tokens, slots], has ``dt`` repeated for all slots, tokens in the order of ``rows_of_steps``.
+    ``low``, [tokens, slots], has ``dt``, which is of ``DTYPE``, repeated for all slots, tokens in the order of
+    ``rows_of_steps``. Tensor cores read all of half precision.
     """
     WARPS: tl.constexpr = weights.shape[0]
     part = tl.arange(0, low.shape[1])[None, :] // RANKS
-    high, rest = split_tf32(low)
-    low = tl.where(part < 2, high, tl.where(part == 2, rest, 0.0))
+    if DTYPE == tl.float32:
+        high, rest = split_tf32(low)
+        low = tl.where(part < 2, high, tl.where(part == 2, rest, 0.0))
+    else:
+        low = tl.where(part < 2, low, 0.0)
     low = tl.broadcast_to(low[None, :, :], (WARPS, low.shape[0], low.shape[1]))
     v = tl.dot(low, weights, tl.broadcast_to(bias, (WARPS, low.shape[1], 16)), input_precision='tf32')
     return _steps_of(v, STEPS)
@@ -216,11 +220,11 @@ def project_many(dt, weight, bias, order, start, left, apart, block, D: tl.const
         rank = rank[None, :, None]
         w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
         high, rest = split_tf32(w)
-        low_high, low_rest = split_tf32(low)
-        v = tl.dot(low_high, high, v, input_precision='tf32')
-        v = tl.dot(low_high, rest, v, input_precision='tf32')
         if dt.dtype.element_ty == tl.float32:
+            low, low_rest = split_tf32(low)
             v = tl.dot(low_rest, high, v, input_precision='tf32')
+        v = tl.dot(low, high, v, input_precision='tf32')
+        v = tl.dot(low, rest, v, input_precision='tf32')
     return _steps_of(v, STEPS)
 
 

@@ -117,11 +117,11 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
             # The next block is loaded while this one is worked on.
             following = _load(x, dt, B + n, order, start + ahead, left - ahead, apart, d, in_d, R, RANKS, SLOTS,
                               X_ROW, DT_ROW, B_ROW, STEPS, ORDER)
-            if not SEGMENTED and not ORDER:  # the one after that, for a program with few beside it
+            if STEPS > 4:  # few warps: the one after that
                 soon = tl.minimum(2 * BLOCK + tl.arange(0, BLOCK), left - 1)
                 prefetch(x + start * X_ROW + soon * X_ROW + block * WARPS * 16)
             if SLOTS:
-                projected = project(low[0], weights, bias, RANKS, STEPS)
+                projected = project(low[0], weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
                 projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS, STEPS,
                                          ORDER)

@@ -248,7 +248,7 @@ def _recorded_backward(case, recorded, inputs, eps, needed):
         return grads, []
 
     def record():
-        # Gradients of parameters live as long as one another.
+        # Gradients of parameters come and go together.
         return Recording(backward, _like(inputs), inputs[0].device, [i for i in (4, 5) if _unaligned(inputs[i])], 2)
 
     if not all(grad.is_contiguous() and not grad.data_ptr() & 15 for grad in inputs[:2]):
