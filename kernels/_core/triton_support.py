@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .backends import requested_backend
+from .cuda_driver import Starter, compile_kernel, types_of, why_not_driver
 
 #: Kernels run as Python on CPU tensors, slowly, to test them without a GPU. Triton reads it when imported.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -35,9 +36,16 @@ def _why_not_device(index):
         if capability <= _NEWEST_TOO_OLD:
             return (f'{torch.cuda.get_device_name(index)} has compute capability '
                     f"{'.'.join(map(str, capability))}, the kernels need 8.0 or newer")
-        if triton.knobs.build.impl is None:
-            return _why_not_build()
+        if _starts_by_driver() and (reason := why_not_driver()):
+            return f'{_why_not_build()} ({reason})'
     return None
+
+
+@functools.cache
+def _starts_by_driver():
+    """Whether kernels are loaded and started without Triton's own functions, which it cannot build."""
+    from triton import knobs
+    return knobs.build.impl is None and _why_not_build() is not None
 
 
 def _why_not_build():
@@ -165,12 +173,15 @@ def launch(kernel, grid, *args, **options):
             values[i] = values[i].data_ptr()
     key = _key(kernel, args, values, options, device)
     found = _compiled.get(key)
-    if found is None:
+    if found is None and _starts_by_driver():
+        compiled = compile_kernel(kernel, args, options, torch.cuda.get_device_capability(device))
+        found = _compiled[key] = None, Starter(compiled, types_of(kernel, args), device), ()
+    elif found is None:
         compiled = kernel[grid](*args, **options)
         _compiled[key] = compiled, *_starter(compiled)
         return
     compiled, start, first = found
-    if watched():
+    if compiled is not None and watched():
         compiled[grid](*args)
     else:
         start(*grid, torch._C._cuda_getCurrentRawStream(device), *first, *values)
@@ -241,11 +252,15 @@ def compile_launches(launches, device):
         large = tuple(args[i] >> 31 > 0 for i in numbers)
         different[id(kernel), constants(args), tensors, large, tuple(options.values())] = kernel, grid, args, options
 
+    by_driver, capability = _starts_by_driver(), torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
-        for kernel in {id(kernel): kernel for kernel, *_ in launches}.values():
+        for kernel in () if by_driver else {id(kernel): kernel for kernel, *_ in launches}.values():
             kernel.device_caches[device.index]  # else made by each thread that is among the first to ask for it
 
     def compile_one(kernel, grid, args, options):
+        if by_driver:
+            compile_kernel(kernel, args, options, capability)
+            return
         with torch.cuda.device(device):
             kernel.warmup(*args, grid=grid, **options).run  # noqa: B018 (what starts the kernel is compiled, too)
 

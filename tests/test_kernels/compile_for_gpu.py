@@ -2,7 +2,8 @@
 
 Every launch of the cases' forward and backward passes, in bfloat16, or in float32 where a case is followed by
 ``:float32``, is compiled instead of run, and reported as a line of JSON: case, kernel, registers that spill (bytes),
-shared memory (bytes), and the widest load from memory (bytes of a thread). A number as case: the first of the cases
+shared memory (bytes), the widest load from memory (bytes of a thread), and whether
+its parameters are what cuda_driver.py gives it. A number as case: the first of the cases
 with so many channels, all of them real and every row aligned, as in a network.
 """
 import dataclasses
@@ -17,27 +18,18 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.int64: '*i64', torch.int32: '*i32'}
+from mmvssm.kernels._core.cuda_driver import compile_kernel, types_of
+
 PTXAS = next((Path(triton.__file__).parent / 'backends/nvidia/bin').glob('ptxas*'))
-ALIGNED = [['tt.divisibility', 16]]
 
 
 @functools.cache
 def compiled(kernel, arguments, options):
     """``kernel`` compiled for ``arguments``: dtypes of tensors, ``'i32'`` for runtime integers, or (constant,)."""
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
-        if isinstance(argument, tuple):
-            signature[parameter.name], constants[i,] = 'constexpr', argument[0]
-        else:
-            signature[parameter.name] = POINTERS.get(argument, argument)
-            if argument in POINTERS:
-                attributes[i,] = ALIGNED
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(options))
+    args = [torch.empty(0, dtype=a, device='meta') if isinstance(a, torch.dtype) else 1 if a == 'i32' else a[0]
+            for a in arguments]
+    return compile_kernel(kernel, args, dict(options), (9, 0))
 
 
 def spilled(ptx, registers):
@@ -60,8 +52,11 @@ def report(kernel, grid, *args, case, **options):
     ptx = result.asm['ptx']
     widths = [int(bits) // 8 * int(count or 1)
               for count, bits in re.findall(r'(?:ld\.global|cp\.async\S*)\S*?(?:\.v(\d))?\.b(\d+)', ptx)]
+    expected = ['u32' if kind == 'i32' else 'u64' for kind in types_of(kernel, args).values()] + ['u64', 'u64']
+    entry = re.search(r'\.entry [^(]*\(([^)]*)\)', ptx)[1]
     print(json.dumps(dict(case=case, kernel=kernel.__name__, spilled=spilled(ptx, options.get('maxnreg')),
-                          shared=result.metadata.shared, widest=max(widths, default=0))))
+                          shared=result.metadata.shared, widest=max(widths, default=0),
+                          parameters=re.findall(r'\.param \.(\w+)', entry) == expected)))
 
 
 def main(op, *names):

@@ -30,4 +30,5 @@ def test_compiles_for_a_gpu(op):
         assert kernel['spilled'] <= SPILLS.get(kernel['kernel'], 0), kernel
     for kernel in kernels:
         assert kernel['shared'] <= SHARED, kernel
+        assert kernel['parameters'], kernel
     assert max(kernel['widest'] for kernel in kernels) >= 8  # bytes of a thread at once

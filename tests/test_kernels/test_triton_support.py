@@ -27,11 +27,12 @@ def fresh(monkeypatch):
     monkeypatch.delenv('MMVSSM_BACKEND', raising=False)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda index: 'Imaginary 100')
-    triton_support._why_not_device.cache_clear()
-    triton_support._warn_once.cache_clear()
+    caches = triton_support._why_not_device, triton_support._warn_once, triton_support._starts_by_driver
+    for cache in caches:
+        cache.cache_clear()
     yield
-    triton_support._why_not_device.cache_clear()
-    triton_support._warn_once.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -58,9 +59,11 @@ def test_stand_in_is_announced_once(what, reason, monkeypatch):
     elif what == 'old Triton':
         monkeypatch.delattr(pytest.importorskip('triton'), 'constexpr_function')
     elif what == 'no compiler':
+        monkeypatch.setattr(triton_support, 'why_not_driver', lambda: 'no driver either')
         monkeypatch.delenv('CC', raising=False)
         monkeypatch.setenv('PATH', '')
     elif what == 'no headers':
+        monkeypatch.setattr(triton_support, 'why_not_driver', lambda: 'no driver either')
         monkeypatch.setenv('CC', 'gcc')
         monkeypatch.setattr(triton_support.sysconfig, 'get_paths', lambda scheme: dict(include='nowhere'))
     else:
@@ -70,6 +73,15 @@ def test_stand_in_is_announced_once(what, reason, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert why_not_triton(on_gpu())
+
+
+def test_runs_without_a_compiler(monkeypatch):
+    pytest.importorskip('triton')
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.setattr(triton_support, 'why_not_driver', lambda: None)
+    assert why_not_triton(on_gpu()) is None
+    assert triton_support._starts_by_driver()
 
 
 def test_processor_tensors_need_the_interpreter(monkeypatch):
