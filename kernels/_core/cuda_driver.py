@@ -13,7 +13,7 @@ import torch
 
 #: What the kernels' arguments are to Triton, and in the memory that the driver copies them from.
 _POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.int64: '*i64',
-             torch.int32: '*i32', torch.bool: '*i1', torch.uint8: '*u8'}
+             torch.int32: '*i32'}
 _FORMATS = {'*': 'Q', 'i32': 'i', 'i64': 'q'}
 #: Versions of Triton whose kernels take two more pointers at the end, to memory that these kernels do not need.
 _VERSIONS = ('3.6.',)
