@@ -25,6 +25,18 @@ def exp2(x):
 
 
 @triton.jit
+def exp2_of_product(x, y):
+    """``2**(x * y)`` for products that are negative and mostly small, as those of decays are.
+
+    The GPU's exponential of such numbers is 2e-8 too small in the mean, which a recurrence adds up over hundreds of
+    steps. What is added here makes up for it, and takes no instruction more."""
+    if _INTERPRETED:
+        return tl.exp2(x * y)
+    else:
+        return _unit(x * y + 2.4e-8, 'ex2')
+
+
+@triton.jit
 def exp2_minus_abs(x):
     """``2**-|x|``; as ``exp2``, which takes both signs at no cost, where the compiler would not see that."""
     if _INTERPRETED:

@@ -920,7 +920,7 @@ def parse_args(argv=None):
     sub.add_argument('--op', nargs='+', choices=tuple(OPERATORS),
                      default=['scan', 'fusion', 'conv_silu', 'norm_gate'])
     sub.add_argument('--side', nargs='+', type=int, default=list(LINEAR_SIDES))
-    sub.add_argument('--batch', type=int, default=8)
+    sub.add_argument('--batch', type=int, default=64, help='default 64, which keeps a GPU busy with the smallest map')
     sub.add_argument('--dim', type=int, default=128)
     operator_options(sub)
 

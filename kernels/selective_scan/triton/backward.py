@@ -3,15 +3,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_math import LN2, LOG2_E, exp2
+from ..._core.triton_math import LN2, LOG2_E, exp2, exp2_of_product
 from ..._core.triton_support import as_rows, cdiv, launch, next_power_of_2
 from .blocks import (
     GROUPS,
     RUNTIME,
     Launch,
+    ask_now,
     both_ways,
     load_bias,
     load_projection,
+    load_ranks,
     load_rate,
     load_scalars,
     load_steps,
@@ -29,7 +31,6 @@ from .blocks import (
     state_before,
     through_groups,
     to_product,
-    tokens_of_rows,
     widen,
 )
 
@@ -46,11 +47,10 @@ def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr
     """What a block of tokens takes as it is in memory: ``dt`` for ``project``, and by step ``grad``, ``C``, ``x`` and
     ``B``; nothing of the last two with ``MAPS``."""
     begin = 0 if ORDER else start
+    rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
     low = ()
     if SLOTS:
-        token, here = tokens_of_rows(order, start, left, apart, STEPS, ORDER)
-        low = (load_tile(dt + begin * DT_ROW, token, tl.arange(0, SLOTS) % RANKS, here, DT_ROW, R),)
-    rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
+        low = load_ranks(dt + begin * DT_ROW, rows, here, R, RANKS, d.shape[1], DT_ROW, ORDER)
     grads = load_steps(grad + begin * GRAD_ROW, rows, here, d, in_d, GRAD_ROW, ORDER)
     cs, us, bs = (), (), ()
     if OUTPUT:
@@ -63,7 +63,7 @@ def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr
 
 @triton.jit
 def _widen(low, grads, cs, us, bs):
-    return (low[0].to(tl.float32),) if len(low) else low, widen(grads), widen(cs), widen(us), widen(bs)
+    return widen(low), widen(grads), widen(cs), widen(us), widen(bs)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -161,15 +161,17 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             prior = first + tl.maximum(back - 1, 0) * ahead
             following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d,
                               R, RANKS, SLOTS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
+            if MAPS:
+                ask_now(count)
             if SLOTS:
-                projected = project(low[0], weights, bias, dt.dtype.element_ty, RANKS, STEPS)
+                projected = project(low, weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
                 projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS, STEPS,
                                          ORDER)
             deltas, decays = (), ()
             for s in tl.static_range(STEPS):
                 step = soft_step(projected[s])
-                deltas, decays = deltas + (step,), decays + (exp2(step * rate),)
+                deltas, decays = deltas + (step,), decays + (exp2_of_product(step, rate),)
             if MAPS:
                 for s in tl.static_range(STEPS - 1, -1, -1):
                     total += deltas[s]
@@ -240,7 +242,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                     out = tl.dot(rest, wide_high, out, input_precision='tf32')
                     out = tl.dot(high, wide_rest, out, input_precision='tf32')
                     out_at = token_sums + begin * COLUMNS + spot[:, None] * COLUMNS + column[None, :]
-                    tl.store(out_at, tl.sum(out, 0), mask=in_l[:, None] & (column < R)[None, :])
+                    out = _sum_last(tl.permute(out, (1, 2, 0)))
+                    tl.store(out_at, out, mask=in_l[:, None] & (column < R)[None, :])
                     dts = load_tile(dt + begin * DT_ROW, spot, column, in_l, DT_ROW, R).to(tl.float32)
                     dts = tl.broadcast_to(dts[None, :, :], (WARPS, CHUNK, WIDTH))
                     high, rest = split_tf32(tl.permute(all_dv, (0, 2, 1)))
@@ -276,7 +279,19 @@ def _times(cs, grads, s: tl.constexpr):
 @triton.jit
 def _over_warps(parts, CHUNK: tl.constexpr):
     """A tuple of the steps' [groups, warps] as sums over the warps, [tokens]."""
-    return tl.reshape(tl.sum(pack(parts), 1), (CHUNK,))
+    x = tl.permute(pack(parts), (0, 2, 3, 1))
+    return tl.reshape(_sum_last(tl.reshape(x, (1, CHUNK, x.shape[3]))), (CHUNK,))
+
+
+@triton.jit
+def _sum_last(x):
+    """The sum over the last dimension of three, a power of two, by halves: of one thread, so that what is added moves
+    between threads once."""
+    if x.shape[2] == 1:
+        return tl.reshape(x, (x.shape[0], x.shape[1]))
+    else:
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+        return _sum_last(even + odd)
 
 
 @triton.jit(do_not_specialize=['parts'])

@@ -77,6 +77,7 @@ class Launch:
         ranks = max(4, next_power_of_2(self.R))
         slots = ranks * (2 if dt.dtype.itemsize == 2 and ranks > 4 else 4)  # half precision has no rest
         slots = slots if slots <= _MOST_SLOTS else 0
+        self.steps = steps
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
                         C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
@@ -88,11 +89,11 @@ class Launch:
             return None
         return self.x.new_empty((self.batch, self.K, self.N, self.segments, each, 2, self.D), dtype=torch.float32)
 
-    def __call__(self, kernel, states, *buffers, maps):
+    def __call__(self, kernel, states, *buffers, maps, **options):
         """Launch ``kernel`` with ``states`` programs per image, direction, segment and block of channels."""
         programs = self.blocks * self.segments * self.batch * self.K * states
         launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, maps, self.segments > 1,
-               num_warps=self.num_warps)
+               num_warps=self.num_warps, **options)
 
 
 @triton.jit
@@ -144,11 +145,37 @@ def load_tile(base, rows, columns, here, ROW: tl.constexpr, COUNT: tl.constexpr)
 
 
 @triton.jit
+def load_ranks(base, rows, here, R: tl.constexpr, RANKS: tl.constexpr, WARPS: tl.constexpr, ROW: tl.constexpr,
+               ORDER: tl.constexpr):
+    """``dt`` of the rows of each step, [groups, warps, 4] for each four ranks.
+
+    Every warp loads its own, and a thread what it multiplies in ``project``: nothing goes through shared memory."""
+    rank = tl.arange(0, 4)[None, None, :]
+    loaded = ()
+    for s in tl.static_range(len(rows)):
+        for quad in tl.static_range(RANKS // 4):
+            at = base + rows[s][:, None, None] * ROW + (rank + quad * 4)
+            at = tl.broadcast_to(at + (0 if ORDER else s * ROW), (GROUPS, WARPS, 4))
+            mask = tl.broadcast_to(here[s][:, None, None] & (rank + quad * 4 < R), (GROUPS, WARPS, 4))
+            loaded = loaded + (tl.load(at, mask=mask, other=0.0),)
+    return loaded
+
+
+@triton.jit
 def prefetch(at):
     """A hint to bring the memory at some addresses to the L2 cache, 128 bytes at each."""
     if not _INTERPRETED:
         tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.b32 $0, 0;', '=r,l', [at.to(tl.int64)], tl.int32, False,
                                   1)
+
+
+@triton.jit
+def ask_now(count):
+    """Keeps the assembler from moving loads behind this, nearer to where they are waited for: a branch, never taken,
+    ends what it puts in order at once. ``count``: a number that is not negative."""
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise('{ .reg .pred p; setp.lt.s32 p, $1, 0; @p exit; mov.b32 $0, 0; }', '=r,r', [count],
+                                  tl.int32, False, 1)
 
 
 @triton.jit
@@ -176,33 +203,77 @@ def load_projection(weight, block, D: tl.constexpr, R: tl.constexpr, RANKS: tl.c
                     WARPS: tl.constexpr):
     """``dt_weight``, [warps, slots, 16], for ``project``, in the units of ``load_bias``.
 
-    Tensor cores read eleven digits of a number. Slots of ranks have the weight's first, its others, its first again.
+    Tensor cores read eleven digits of a number. Two slots follow one another for each rank, with the weight's first
+    digits and its others; where there are ``4 * RANKS``, all of them come twice. A thread loads what it multiplies.
     """
-    slot = tl.arange(0, SLOTS)[None, :, None]
-    d = _product_channels(block, WARPS)
-    rank = slot % RANKS
-    w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
-    high, rest = split_tf32(w)
-    return tl.where(slot // RANKS == 1, rest, high)
+    QUADS: tl.constexpr = RANKS // 4
+    g = tl.arange(0, GROUPS)[:, None, None]
+    tiles = ()
+    for tile in tl.static_range(2):
+        d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * 16 + product_channel(tile * 8 + g)
+        quads = ()
+        for quad in tl.static_range(QUADS):
+            rank = quad * 4 + tl.arange(0, 4)[None, None, :]
+            w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
+            high, rest = split_tf32(w)
+            quads = quads + (tl.join(high, rest),)
+        tiles = tiles + (stack(quads),)
+    w = stack(tiles)  # [groups, warps, 4, 2, quads, tiles]
+    if SLOTS > 2 * RANKS:
+        w = tl.permute(tl.join(w, w), (1, 6, 4, 2, 3, 5, 0))
+    else:
+        w = tl.permute(w, (1, 4, 2, 3, 5, 0))
+    return tl.reshape(w, (WARPS, SLOTS, 16))
 
 
 @triton.jit
 def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS: tl.constexpr):
     """``-(dt @ dt_weight.T + dt_bias)`` in units of log(2), as a tuple of ``STEPS`` tensors [groups, warps, 16].
 
-    ``low``, [tokens, slots], has ``dt``, which is of ``DTYPE``, repeated for all slots, tokens in the order of
-    ``rows_of_steps``. Tensor cores read all of half precision.
+    ``low`` is what ``load_ranks`` gave of ``dt``, which is of ``DTYPE``; tokens are in the order of ``rows_of_steps``.
+    Of float32 the first digits are multiplied by the first of the slots, the others by those that come again. Tensor
+    cores read all of half precision.
     """
     WARPS: tl.constexpr = weights.shape[0]
-    part = tl.arange(0, low.shape[1])[None, :] // RANKS
-    if DTYPE == tl.float32:
-        high, rest = split_tf32(low)
-        low = tl.where(part < 2, high, tl.where(part == 2, rest, 0.0))
+    QUADS: tl.constexpr = RANKS // 4
+    quads = ()
+    for quad in tl.static_range(QUADS):
+        steps = ()
+        for s in tl.static_range(STEPS):
+            steps = steps + (low[s * QUADS + quad],)
+        quads = quads + (stack(steps),)
+    low = stack(quads)  # [groups, warps, 4, steps, quads]
+    if weights.shape[1] > 2 * RANKS:
+        high, rest = low, low * 0
+        if DTYPE == tl.float32:
+            high, rest = split_tf32(low)
+        low = tl.join(high, rest)
+        low = tl.permute(tl.join(low, low), (1, 3, 0, 5, 4, 2, 6))
     else:
-        low = tl.where(part < 2, low, 0.0)
-    low = tl.broadcast_to(low[None, :, :], (WARPS, low.shape[0], low.shape[1]))
+        low = tl.permute(tl.join(low, low), (1, 3, 0, 4, 2, 5))
+    low = tl.reshape(low, (WARPS, STEPS * GROUPS, weights.shape[1]))
     v = tl.dot(low, weights, tl.broadcast_to(bias, (WARPS, low.shape[1], 16)), input_precision='tf32')
     return _steps_of(v, STEPS)
+
+
+@triton.jit
+def stack(parts):
+    """A tuple of 1, 2, 4 or 8 tensors as one with another dimension, the last."""
+    if len(parts) == 1:
+        return tl.reshape(parts[0], parts[0].shape + (1,))
+    elif len(parts) == 2:
+        return tl.join(parts[0], parts[1])
+    elif len(parts) == 4:
+        return _joined(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])))
+    else:
+        return _joined(_joined(tl.join(tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6])),
+                                       tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7])))))
+
+
+@triton.jit
+def _joined(x):
+    """The last two dimensions of a tensor as one."""
+    return tl.reshape(x, x.shape[:-2] + (x.shape[-2] * x.shape[-1],))
 
 
 @triton.jit
@@ -393,7 +464,7 @@ def widen(values):
     wide = ()
     for i in tl.static_range(len(values)):
         value = values[i]
-        if value.dtype == tl.bfloat16 and value.shape[2] > 1 and not _INTERPRETED:  # both of a register at once
+        if value.dtype == tl.bfloat16 and value.shape[2] == 16 and not _INTERPRETED:  # both of a register at once
             value = tl.inline_asm_elementwise('shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;', '=f,=f,r', [value],
                                               tl.float32, True, 2)
         wide = wide + (value.to(tl.float32),)

@@ -3,17 +3,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_math import LN2, exp2
+from ..._core.triton_math import LN2, exp2_of_product
 from .blocks import (
     GROUPS,
     RUNTIME,
     Launch,
+    ask_now,
     load_bias,
     load_projection,
+    load_ranks,
     load_rate,
     load_scalars,
     load_steps,
-    load_tile,
     places,
     prefetch,
     project,
@@ -21,7 +22,6 @@ from .blocks import (
     soft_step,
     state_before,
     through_groups,
-    tokens_of_rows,
     widen,
 )
 
@@ -31,18 +31,17 @@ def _load(x, dt, B, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: 
           X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, STEPS: tl.constexpr, ORDER: tl.constexpr):
     """What a block of tokens takes as it is in memory: ``dt`` for ``project``, and by step ``x`` and ``B``."""
     begin = 0 if ORDER else start
+    rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
     low = ()
     if SLOTS:
-        token, here = tokens_of_rows(order, start, left, apart, STEPS, ORDER)
-        low = (load_tile(dt + begin * DT_ROW, token, tl.arange(0, SLOTS) % RANKS, here, DT_ROW, R),)
-    rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
+        low = load_ranks(dt + begin * DT_ROW, rows, here, R, RANKS, d.shape[1], DT_ROW, ORDER)
     return (low, load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER),
             load_scalars(B + begin * B_ROW, rows, here, B_ROW, ORDER))
 
 
 @triton.jit
 def _widen(low, us, bs):
-    return (low[0].to(tl.float32),) if len(low) else low, widen(us), widen(bs)
+    return widen(low), widen(us), widen(bs)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -55,8 +54,9 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
     """One segment of one image and direction, ``16 * WARPS`` channels, and one state; all states with ``OUTPUT``.
 
     ``MAPS``: only what the segment does to a state, for the segments after it, and what its groups up to each do, for
-    the next pass. Layouts: y (batch, L, N, D) without ``OUTPUT``, else (batch, K, L, D); states (batch, K, chunks, N,
-    D); maps (batch, K, N, segs, 1 + groups, 2, D).
+    the next pass; from its end to its beginning, so that the next pass finds in the cache what it reads first.
+    Layouts: y (batch, L, N, D) without ``OUTPUT``, else (batch, K, L, D); states (batch, K, chunks, N, D); maps
+    (batch, K, N, segs, 1 + groups, 2, D).
     """
     BLOCKS: tl.constexpr = (D + 16 * WARPS - 1) // (16 * WARPS)
     NS: tl.constexpr = N if MAPS or not OUTPUT else 1  # states that are programs of their own
@@ -96,11 +96,12 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
     first = (seg * each).to(tl.int64) * BLOCK
 
     for n in range(first_n, first_n + N // NS):
-        loaded = _load(x, dt, B + n, order, first, (L - first).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, X_ROW,
+        start = first + (each - 1) * ahead if MAPS else first
+        loaded = _load(x, dt, B + n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, X_ROW,
                        DT_ROW, B_ROW, STEPS, ORDER)
         rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         h = tl.zeros([GROUPS, WARPS, 16], tl.float32)
-        total = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+        through = tl.full([GROUPS, WARPS, 16], 1.0, tl.float32)
         if SEGMENTED:
             maps_n = maps + (row * N + n) * segs * MAP
             own = maps_n + seg * MAP + d
@@ -111,16 +112,18 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
         loaded = _widen(*loaded)
         for i in tl.range(0, each, num_stages=1):
             low, us, bs = loaded
-            start = first + i * ahead
+            start = first + (each - 1 - i if MAPS else i) * ahead
             left = (L - start).to(tl.int32)
+            further = first + tl.maximum(each - 2 - i, 0) * ahead if MAPS else start + ahead
             # The next block is loaded while this one is worked on.
-            following = _load(x, dt, B + n, order, start + ahead, left - ahead, apart, d, in_d, R, RANKS, SLOTS,
-                              X_ROW, DT_ROW, B_ROW, STEPS, ORDER)
+            following = _load(x, dt, B + n, order, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
+                              SLOTS, X_ROW, DT_ROW, B_ROW, STEPS, ORDER)
+            ask_now(each)
             if STEPS > 4:  # few warps: the one after that
                 soon = tl.minimum(2 * BLOCK + tl.arange(0, BLOCK), left - 1)
                 prefetch(x + start * X_ROW + soon * X_ROW + block * WARPS * 16)
             if SLOTS:
-                projected = project(low[0], weights, bias, dt.dtype.element_ty, RANKS, STEPS)
+                projected = project(low, weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
                 projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS, STEPS,
                                          ORDER)
@@ -129,16 +132,17 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
             decays, drives = (), ()
             for s in tl.static_range(STEPS):
                 step = soft_step(projected[s])
-                a = exp2(step * rate)
+                a = exp2_of_product(step, rate)
                 b = step * us[s] * (bs[s] * LN2)
                 decays, drives = decays + (a,), drives + (b,)
-                if MAPS:
-                    total += step
-                    h = a * h + b
-                elif not SEGMENTED:
+                if not MAPS and not SEGMENTED:
                     group_a *= a
                     group_b = a * group_b + b
-            if not MAPS:
+            if MAPS:
+                for s in tl.static_range(STEPS - 1, -1, -1):
+                    h += through * drives[s]
+                    through *= decays[s]
+            else:
                 enter = h
                 if not SEGMENTED:
                     all_a, all_b, enter_a, enter_b = through_groups(group_a, group_b)
@@ -170,7 +174,7 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
                     h = enter
             loaded = _widen(*following)
         if MAPS:
-            a, b, to_a, to_b = through_groups(exp2(rate * total), h)
+            a, b, to_a, to_b = through_groups(through, h)
             tl.store(own + g * 0, a, mask=(g == 0) & in_d)
             tl.store(own + D + g * 0, b, mask=(g == 0) & in_d)
             tl.store(own + (1 + g) * 2 * D, to_a, mask=in_d)
@@ -179,6 +183,16 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
 
 #: Warps of a program, steps of a group, and those where few warps have no order, which takes registers.
 _WARPS, _STEPS, _STEPS_ALONE = 4, 4, 8
+
+
+def _registers(run):
+    """The registers of a thread, where the assembler has to be told: of itself it then takes fewer, works out one
+    step size after another, and waits for each of their operations."""
+    if run.steps == 8 and run.R <= 8:
+        return {'maxnreg': 184}
+    if run.segments > 1 and run.R <= 4:
+        return {'maxnreg': 128}
+    return {}
 
 
 def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
@@ -194,8 +208,8 @@ def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
     if x.numel():
         maps = run.maps(1 + GROUPS.value)
         if maps is not None:
-            run(_scan, run.N, maps, y, states, maps=True)
-        run(_scan, 1 if run.output else run.N, maps, y, states, maps=False)
+            run(_scan, run.N, maps, y, states, maps=True, **_registers(run))
+        run(_scan, 1 if run.output else run.N, maps, y, states, maps=False, **_registers(run))
     if run.output:
         y = y.squeeze(1) if run.K == 1 else y.sum(1)
     return y, states
