@@ -18,6 +18,7 @@ from .blocks import (
     load_scalars,
     load_steps,
     load_tile,
+    of_steps,
     pack,
     places,
     prefetch,
@@ -47,23 +48,24 @@ def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr
     """What a block of tokens takes as it is in memory: ``dt`` for ``project``, and by step ``grad``, ``C``, ``x`` and
     ``B``; nothing of the last two with ``MAPS``."""
     begin = 0 if ORDER else start
-    rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
+    runs = tl.arange(0, GROUPS) * apart
+    rows, here = places(order, start, runs, left, STEPS, ORDER)
     low = ()
     if SLOTS:
         low = load_ranks(dt + begin * DT_ROW, rows, here, R, RANKS, d.shape[1], DT_ROW, ORDER)
     grads = load_steps(grad + begin * GRAD_ROW, rows, here, d, in_d, GRAD_ROW, ORDER)
     cs, us, bs = (), (), ()
     if OUTPUT:
-        cs = load_scalars(C + begin * C_ROW, rows, here, C_ROW, ORDER)
+        cs = load_scalars(C, order, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER)
     if not MAPS:
         us = load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER)
-        bs = load_scalars(B + begin * B_ROW, rows, here, B_ROW, ORDER)
+        bs = load_scalars(B, order, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
     return low, grads, cs, us, bs
 
 
 @triton.jit
 def _widen(low, grads, cs, us, bs):
-    return widen(low), widen(grads), widen(cs), widen(us), widen(bs)
+    return widen(low), widen(grads), cs, widen(us), bs
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -150,6 +152,10 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         loaded = _widen(*loaded)
         for i in tl.range(0, count, num_stages=1):
             low, grads, cs, us, bs = loaded
+            if OUTPUT:
+                cs = of_steps(cs, STEPS)
+            if not MAPS:
+                bs = of_steps(bs, STEPS)
             back = count - 1 - i
             start = first + back * ahead
             left = (L - start).to(tl.int32)

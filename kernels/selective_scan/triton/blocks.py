@@ -449,13 +449,32 @@ def load_steps(base, rows, here, d, in_d, ROW: tl.constexpr, ORDER: tl.constexpr
 
 
 @triton.jit
-def load_scalars(base, rows, here, ROW: tl.constexpr, ORDER: tl.constexpr):
-    """One element of the rows of each step, [groups, 1, 1]."""
+def load_scalars(base, order, start, runs, left, ROW: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
+                 ORDER: tl.constexpr):
+    """One element of each token, [groups, warps, 4] for every four steps, for ``of_steps``: four threads that want the
+    same ones load one each."""
+    base += (0 if ORDER else start) * ROW
     loaded = ()
-    for s in tl.static_range(len(rows)):
-        at = base + rows[s] * ROW
-        loaded = loaded + (tl.load(at + (0 if ORDER else s * ROW), mask=here[s], other=0.0)[:, None, None],)
+    for first in tl.static_range(0, STEPS, 4):
+        token = runs[:, None, None] + (first + tl.arange(0, 4)[None, None, :])
+        here = token < left
+        if ORDER:
+            token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
+        at = tl.broadcast_to(base + token * ROW, (GROUPS, WARPS, 4))
+        loaded = loaded + (tl.load(at, mask=tl.broadcast_to(here, at.shape), other=0.0),)
     return loaded
+
+
+@triton.jit
+def of_steps(scalars, STEPS: tl.constexpr):
+    """What ``load_scalars`` loaded, in float32, by step: [groups, warps, 16], all channels alike."""
+    values = ()
+    for s in tl.static_range(STEPS):
+        x = scalars[s // 4].to(tl.float32)
+        x = tl.gather(x, tl.full(x.shape, s % 4, tl.int32), 2)
+        x = tl.broadcast_to(tl.reshape(x, x.shape + (1,)), x.shape + (4,))
+        values = values + (tl.reshape(x, (x.shape[0], x.shape[1], 16)),)
+    return values
 
 
 @triton.jit

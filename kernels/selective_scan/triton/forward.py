@@ -15,6 +15,7 @@ from .blocks import (
     load_rate,
     load_scalars,
     load_steps,
+    of_steps,
     places,
     prefetch,
     project,
@@ -36,12 +37,12 @@ def _load(x, dt, B, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: 
     if SLOTS:
         low = load_ranks(dt + begin * DT_ROW, rows, here, R, RANKS, d.shape[1], DT_ROW, ORDER)
     return (low, load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER),
-            load_scalars(B + begin * B_ROW, rows, here, B_ROW, ORDER))
+            load_scalars(B, order, start, tl.arange(0, GROUPS) * apart, left, B_ROW, d.shape[1], STEPS, ORDER))
 
 
 @triton.jit
 def _widen(low, us, bs):
-    return widen(low), widen(us), widen(bs)
+    return widen(low), widen(us), bs
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -112,6 +113,7 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
         loaded = _widen(*loaded)
         for i in tl.range(0, each, num_stages=1):
             low, us, bs = loaded
+            bs = of_steps(bs, STEPS)
             start = first + (each - 1 - i if MAPS else i) * ahead
             left = (L - start).to(tl.int32)
             further = first + tl.maximum(each - 2 - i, 0) * ahead if MAPS else start + ahead
@@ -155,13 +157,13 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
                 begin = 0 if ORDER else start
                 rows, here = places(order, start, runs, left, STEPS, ORDER)
                 if OUTPUT:
-                    cs = load_scalars(C + begin * C_ROW + n, rows, here, C_ROW, ORDER)
+                    cs = of_steps(load_scalars(C + n, order, start, runs, left, C_ROW, WARPS, STEPS, ORDER), STEPS)
                 for s in tl.static_range(STEPS):
                     inside = here[s][:, None, None] & in_d
                     enter = decays[s] * enter + drives[s]
                     out = y + begin * Y_ROW + rows[s][:, None, None] * Y_ROW + d + (0 if ORDER else s * Y_ROW)
                     if OUTPUT:
-                        value = cs[s].to(tl.float32) * enter
+                        value = cs[s] * enter
                         if n > 0:
                             value += tl.load(out, mask=inside, other=0.0)
                         elif SKIP:
@@ -191,7 +193,7 @@ def _registers(run):
     if run.steps == 8 and run.R <= 8:
         return {'maxnreg': 184}
     if run.segments > 1 and run.R <= 4:
-        return {'maxnreg': 128}
+        return {'maxnreg': 120}
     return {}
 
 
