@@ -28,8 +28,9 @@ def exp2(x):
 def exp2_of_product(x, y):
     """``2**(x * y)`` for products that are negative and mostly small, as those of decays are.
 
-    The GPU's exponential of such numbers is 2e-8 too small in the mean, which a recurrence adds up over hundreds of
-    steps. What is added here makes up for it, and takes no instruction more."""
+    An H100's exponential is too small in the mean, by 1.6e-8 to 2.2e-8 for products between -0.01 and -1 and by 6e-9
+    above, which a recurrence adds up over hundreds of steps. 2.4e-8 more in the exponent is 1.7e-8 of the result, and
+    takes no instruction more."""
     if _INTERPRETED:
         return tl.exp2(x * y)
     else:

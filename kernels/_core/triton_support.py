@@ -59,7 +59,8 @@ def _why_not_build():
 
 
 @functools.cache
-def _warn_once(reason):
+def warn_once(reason):
+    """Say, once for each ``reason``, that composed operations stand in."""
     warnings.warn(f'mmvssm: CUDA tensors run on composed PyTorch operations, slower: {reason}', stacklevel=2)
 
 
@@ -75,7 +76,7 @@ def why_not_triton(tensor):
         return 'it computes in float32, this tensor is float64'
     reason = _why_not_device(index)
     if reason and not requested_backend():
-        _warn_once(reason)
+        warn_once(reason)
     return reason
 
 

@@ -1,20 +1,29 @@
 """The backends of the selective scan, fastest first."""
 import torch
 
-from .._core.backends import Backend
+from .._core.backends import Backend, requested_backend
 from .._core.extension import why_not_cpu
-from .._core.triton_support import why_not_triton
+from .._core.triton_support import warn_once, why_not_triton
 from . import composed
+
+#: Ranks of ``dt`` that Triton's backward pass can hold the sums of.
+MOST_RANKS = 128
+#: What its kernels do not read, and what they get instead.
+_READ_AS = {torch.float64: torch.float32, torch.int8: torch.int32, torch.uint8: torch.int32, torch.int16: torch.int32}
+
+
+def _readable(args):
+    return [a.to(_READ_AS[a.dtype]) if a is not None and a.dtype in _READ_AS else a for a in args]
 
 
 def _triton_forward(*args, chunk):
     from .triton import forward
-    return forward(*args, chunk=chunk)
+    return forward(*_readable(args), chunk=chunk)
 
 
 def _triton_backward(*args, chunk):
     from .triton import backward
-    return backward(*args, chunk=chunk)
+    return backward(*_readable(args), chunk=chunk)
 
 
 def _cpu_forward(*args, chunk):
@@ -35,3 +44,12 @@ BACKENDS = (
     Backend('cpu', why_not_cpu, _cpu_forward, _cpu_backward),
     Backend('torch', lambda tensor: None, composed.forward, composed.backward),
 )
+
+
+def within_ranks(backends, dt):
+    """``backends`` without Triton where it was not asked for and ``dt`` has more ranks than it takes; says so once."""
+    if dt.shape[-1] <= MOST_RANKS or requested_backend() == 'triton':
+        return backends
+    if dt.is_cuda:
+        warn_once(f'selective_scan: Triton takes dt of rank 1 to {MOST_RANKS}, got {dt.shape[-1]}')
+    return [b for b in backends if b.name != 'triton']

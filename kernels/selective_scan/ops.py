@@ -6,7 +6,7 @@ from .._core.backends import choose
 from .._core.eager import backward_caller, caller
 from .._core.precision import compute_dtype
 from .._core.vjp import no_second_derivative
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, within_ranks
 
 #: Tokens per chunk: backward restarts the recurrence from one stored state per chunk.
 CHUNK = 32
@@ -34,14 +34,14 @@ def _check_order(order):
 def _forward(*args):
     _check_order(args[8])
     x = args[0]
-    backend = choose('selective_scan', BACKENDS, x)
+    backend = choose('selective_scan', within_ranks(BACKENDS, args[1]), x)
     y, states = backend.run('forward', args, compute_dtype(x), chunk=CHUNK)
     return y.to(x.dtype).contiguous(), states
 
 
 def _backward(grad, *args_and_states):
     args = args_and_states[:-1]
-    backend = choose('selective_scan', BACKENDS, args[0])
+    backend = choose('selective_scan', within_ranks(BACKENDS, args[1]), args[0])
     grads = backend.run('backward', (grad, *args_and_states), compute_dtype(args[0]), chunk=CHUNK)
     return tuple(_empty(args[0]) if a is None else g.to(a.dtype).contiguous()
                  for a, g in zip(args[:8], grads, strict=True))

@@ -6,7 +6,7 @@ import torch
 from kernel_testing import DEVICES, Call, calls, room
 from mmengine.analysis import FlopAnalyzer
 
-from mmvssm.kernels import selective_scan, selective_scan_reference
+from mmvssm.kernels import selective_scan, selective_scan_reference, use_backend
 
 CASES = room('selective_scan', 'cases').CASES
 
@@ -190,3 +190,25 @@ def test_cut_as_for_larger_sizes(monkeypatch, case, settings, steps, segments, e
         monkeypatch.setattr(blocks, name, value)
     call.check(call.evaluate(tensors), call.expected(call.inputs(torch.float32)))
     assert set(seen) == {(steps, segments, each)}
+
+
+@pytest.mark.parametrize('asked, ranks, stays', [(None, 128, True), (None, 129, False), ('triton', 129, True)],
+                         ids=['128', '129', '129-asked'])
+def test_triton_stands_back_from_too_many_ranks(asked, ranks, stays):
+    dispatch = room('selective_scan', 'dispatch')
+    with use_backend(asked):
+        names = [b.name for b in dispatch.within_ranks(dispatch.BACKENDS, torch.empty(1, 1, 1, ranks))]
+    assert names == ['triton', 'cpu', 'torch'] if stays else names == ['cpu', 'torch']
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name, dtype', [('dt', torch.float64), ('order', torch.uint8), ('order', torch.int16)],
+                         ids=['dt-float64', 'order-uint8', 'order-int16'])
+def test_triton_reads_other_dtypes(name, dtype, device):
+    call = Call('selective_scan', 'order_L', 'triton', device)
+    tensors = call.inputs(torch.float32)
+    changed = {k: t if k != name else t.detach().to(dtype).requires_grad_(t.requires_grad) for k, t in tensors.items()}
+    got, expected = call.evaluate(changed), call.evaluate(tensors)
+    for key in expected:
+        assert torch.equal(got[key].to(expected[key].dtype), expected[key]), key
+    assert got['dt'].dtype == changed['dt'].dtype

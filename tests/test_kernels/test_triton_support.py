@@ -27,7 +27,7 @@ def fresh(monkeypatch):
     monkeypatch.delenv('MMVSSM_BACKEND', raising=False)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda index: 'Imaginary 100')
-    caches = triton_support._why_not_device, triton_support._warn_once, triton_support._starts_by_driver
+    caches = triton_support._why_not_device, triton_support.warn_once, triton_support._starts_by_driver
     for cache in caches:
         cache.cache_clear()
     yield

@@ -659,7 +659,7 @@ def run_model(report, meter, args, model_name, mode, dtype_name):
                 continue
             model.zero_grad(set_to_none=True)
             ms = quantiles(meter.times(step, seconds=3 * meter.seconds))
-            peak, host = meter.peak_gib(step), meter.host_us(step, 3)
+            peak, host = meter.peak_gib(step) if 'CUDA graph' not in suffix else None, meter.host_us(step, 3)
             torch_ms = None
             if args.compare and not suffix:
                 torch_ms, note = composed_ms(step, meter)
@@ -814,7 +814,7 @@ def run_dense(report, meter, args, task, model_name, dtype_name):
             for part, call in parts.items():
                 ms = quantiles(meter.times(call, seconds=3 * meter.seconds))
                 model.zero_grad(set_to_none=True)
-                peak = meter.peak_gib(call)
+                peak = meter.peak_gib(call) if 'CUDA graph' not in suffix else None
                 report.add(f'{name} {part}{suffix}', dtype_name, **common, ms=ms, rate=1e3 * len(images) / ms[1],
                            peak_gib=peak, host_us=round(meter.host_us(call, 3)), errors=row, note=note)
 

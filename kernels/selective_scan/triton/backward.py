@@ -45,8 +45,8 @@ _ROWS, _VALUES = 32, 64
 def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr,
           SLOTS: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr,
           GRAD_ROW: tl.constexpr, STEPS: tl.constexpr, OUTPUT: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr):
-    """What a block of tokens takes as it is in memory: ``dt`` for ``project``, and by step ``grad``, ``C``, ``x`` and
-    ``B``; nothing of the last two with ``MAPS``."""
+    """What a block of tokens takes as it is in memory: ``dt`` for ``project``, by step ``grad`` and ``x``, and for
+    ``of_steps`` ``C`` and ``B``; nothing of ``x`` and ``B`` with ``MAPS``."""
     begin = 0 if ORDER else start
     runs = tl.arange(0, GROUPS) * apart
     rows, here = places(order, start, runs, left, STEPS, ORDER)

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..._core.backends import BackendError
 from ..._core.triton_math import LOG2_E, exp2, exp2_minus_abs, reciprocal
 from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2
+from ..dispatch import MOST_RANKS
 
 #: Arguments of the kernels that change with the size of the map: no kernel is compiled anew for their values.
 RUNTIME = ['L', 'chunks', 'segs', 'each', 'dt_image', 'B_image', 'C_image', 'order_image', 'order_row']
@@ -25,8 +26,6 @@ _FEW_WARPS, _ENOUGH_WARPS = 500, 2112
 _MANY_WARPS = 1500
 #: Above so many slots, see ``load_projection``, a program does not hold them: a thread has 255 registers.
 _MOST_SLOTS = 64
-#: Backward holds the ranks' sums.
-MOST_RANKS = 128
 
 
 def _segments(warps, blocks, longest):
@@ -479,7 +478,8 @@ def of_steps(scalars, STEPS: tl.constexpr):
 
 @triton.jit
 def widen(values):
-    """A tuple in float32. What a loop carries is widened first: halves take as many registers, and more work."""
+    """A tuple in float32. Of what a loop carries, tensors of a thread's channels are widened first: halves take as many
+    registers, and more work."""
     wide = ()
     for i in tl.static_range(len(values)):
         value = values[i]

@@ -30,7 +30,8 @@ from .blocks import (
 @triton.jit
 def _load(x, dt, B, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
           X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, STEPS: tl.constexpr, ORDER: tl.constexpr):
-    """What a block of tokens takes as it is in memory: ``dt`` for ``project``, and by step ``x`` and ``B``."""
+    """What a block of tokens takes as it is in memory: ``dt`` for ``project``, ``x`` by step, ``B`` for ``of_steps``.
+    """
     begin = 0 if ORDER else start
     rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
     low = ()
@@ -121,7 +122,7 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
             following = _load(x, dt, B + n, order, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
                               SLOTS, X_ROW, DT_ROW, B_ROW, STEPS, ORDER)
             ask_now(each)
-            if STEPS > 4:  # few warps: the one after that
+            if STEPS > 4:  # few warps and no segments: the one after that
                 soon = tl.minimum(2 * BLOCK + tl.arange(0, BLOCK), left - 1)
                 prefetch(x + start * X_ROW + soon * X_ROW + block * WARPS * 16)
             if SLOTS:
@@ -187,14 +188,14 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
 _WARPS, _STEPS, _STEPS_ALONE = 4, 4, 8
 
 
-def _registers(run):
-    """The registers of a thread, where the assembler has to be told: of itself it then takes fewer, works out one
-    step size after another, and waits for each of their operations."""
-    if run.steps == 8 and run.R <= 8:
+def _registers(run, half):
+    """The registers of a thread, where the assembler has to be told: of itself it takes fewer for these, works out one
+    step size after another, and waits for each of their operations. Others have what they need or would spill."""
+    if run.N > 1 or run.output or run.R > (8 if half else 4):
+        return {}
+    if run.steps == 8:  # there are no segments
         return {'maxnreg': 184}
-    if run.segments > 1 and run.R <= 4:
-        return {'maxnreg': 120}
-    return {}
+    return {'maxnreg': 120} if run.segments > 1 and run.R <= 4 and run.tensors[-1] is None else {}
 
 
 def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
@@ -208,10 +209,10 @@ def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
         sums = run.K * run.N > 1
         y = x.new_empty((run.batch, run.K, run.L, run.D), dtype=torch.float32 if sums else x.dtype)
     if x.numel():
-        maps = run.maps(1 + GROUPS.value)
+        maps, options = run.maps(1 + GROUPS.value), _registers(run, x.dtype.itemsize == 2)
         if maps is not None:
-            run(_scan, run.N, maps, y, states, maps=True, **_registers(run))
-        run(_scan, 1 if run.output else run.N, maps, y, states, maps=False, **_registers(run))
+            run(_scan, run.N, maps, y, states, maps=True, **options)
+        run(_scan, 1 if run.output else run.N, maps, y, states, maps=False, **options)
     if run.output:
         y = y.squeeze(1) if run.K == 1 else y.sum(1)
     return y, states
