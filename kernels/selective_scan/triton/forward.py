@@ -108,9 +108,9 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
             maps_n = maps + (row * N + n) * segs * MAP
             own = maps_n + seg * MAP + d
         if SEGMENTED and not MAPS:
-            h = state_before(maps_n, seg, 0, 1, D, MAP, d, in_d)
-            h = tl.load(own + (1 + g) * 2 * D, mask=in_d, other=0.0) * h \
-                + tl.load(own + (1 + g) * 2 * D + D, mask=in_d, other=0.0)
+            to_a = tl.load(own + (1 + g) * 2 * D, mask=in_d, other=0.0)
+            to_b = tl.load(own + (1 + g) * 2 * D + D, mask=in_d, other=0.0)
+            h = to_a * state_before(maps_n, seg, 0, 1, D, MAP, d, in_d) + to_b
         loaded = _widen(*loaded)
         for i in tl.range(0, each, num_stages=1):
             low, us, bs = loaded
