@@ -460,6 +460,8 @@ def load_scalars(base, order, start, runs, left, ROW: tl.constexpr, WARPS: tl.co
         if ORDER:
             token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
         at = tl.broadcast_to(base + token * ROW, (GROUPS, WARPS, 4))
+        # They need not be, but so the compiler takes a thread for each of four, as ``of_steps`` does; none loads two.
+        at = tl.max_contiguous(at, (1, 1, 4))
         loaded = loaded + (tl.load(at, mask=tl.broadcast_to(here, at.shape), other=0.0),)
     return loaded
 
