@@ -243,7 +243,7 @@ def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS:
         quads = quads + (stack(steps),)
     low = stack(quads)  # [groups, warps, 4, steps, quads]
     if weights.shape[1] > 2 * RANKS:
-        high, rest = low, low * 0
+        high, rest = low, tl.zeros_like(low)
         if DTYPE == tl.float32:
             high, rest = split_tf32(low)
         low = tl.join(high, rest)
