@@ -72,6 +72,18 @@ def reciprocal(x):
 
 
 @triton.jit
+def let_next_start():
+    """The kernel launched next may start, if it was launched so that it waits itself."""
+    tl.inline_asm_elementwise('griddepcontrol.launch_dependents; mov.b32 $0, 0;', '=r', [], tl.int32, False, 1)
+
+
+@triton.jit
+def wait_for_previous():
+    """Until the kernel launched before has ended, and what it wrote can be read."""
+    tl.inline_asm_elementwise('griddepcontrol.wait; mov.b32 $0, 0;', '=r', [], tl.int32, False, 1)
+
+
+@triton.jit
 def sigmoid(x):
     """``1 / (1 + exp(-x))``."""
     return reciprocal(1 + exp(-x))

@@ -80,6 +80,17 @@ def why_not_triton(tensor):
     return reason
 
 
+@functools.cache
+def _overlaps(index):
+    return torch.cuda.get_device_capability(None if index < 0 else index) >= (9, 0)
+
+
+def overlaps(tensor):
+    """Whether the GPU of ``tensor``, or the current one if it has none, can start a kernel before the one ahead of it
+    has ended: with ``launch_pdl``, and ``let_next_start`` and ``wait_for_previous`` of ``triton_math``."""
+    return not INTERPRETED and torch.cuda.is_available() and _overlaps(tensor.get_device())
+
+
 def cdiv(a, b):
     """``a / b`` rounded up; Triton's own takes microseconds."""
     return -(-a // b)

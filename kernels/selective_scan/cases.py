@@ -39,7 +39,7 @@ CASES = {case.name: case for case in (
     Case('tiny', length=5, dim=3, rank=2, d_state=2, directions=2, output='skip', order=2),
     Case('tiny-y', batch=1, length=4, dim=2, rank=1, d_state=2, directions=2, output='y'),
     Case('tiny-states', length=4, dim=2, rank=1, d_state=2, directions=1, order=3),
-    # Chunks have 32 tokens, blocks of lanes 16 channels.
+    # Chunks have 32 tokens, blocks of lanes 16 channels, or 32 in half precision where there are segments.
     Case('length_1', length=1),
     Case('length_1-skip', length=1, output='skip', directions=2, order=2),
     Case('length_63', length=63),
@@ -67,6 +67,8 @@ CASES = {case.name: case for case in (
     Case('K4-order_BKL-int32', directions=4, order=3, order_dtype=torch.int32, output='y', rank=1),
     # One image and few channels: the sequence itself is split among threads, or programs if it is long.
     Case('segments', batch=1, length=530, dim=3),
+    Case('segments-32', length=330, dim=32),
+    Case('segments-96', batch=1, length=601, dim=96, rank=6, layout='half'),
     Case('segments-order', batch=1, length=530, dim=3, order=1, output='skip'),
     Case('segments-K2', batch=1, length=601, dim=20, d_state=2, directions=2, output='skip'),
     Case('one_row', batch=1, length=200, dim=5),

@@ -170,8 +170,8 @@ def test_segments(warps, blocks, longest, segments, each):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('case, settings, steps, segments, each', [
     ('length_200', dict(_FEW_WARPS=1), 8, 1, 4), ('length_65', dict(_FEW_WARPS=1), 8, 1, 2),
-    ('segments', dict(_ENOUGH_WARPS=5), 4, 5, 4), ('segments', dict(_ENOUGH_WARPS=3), 4, 3, 6),
-    ('segments-order', dict(_ENOUGH_WARPS=6), 4, 6, 3)],
+    ('segments', dict(_ENOUGH_WARPS={16: 5}), 4, 5, 4), ('segments', dict(_ENOUGH_WARPS={16: 3}), 4, 3, 6),
+    ('segments-order', dict(_ENOUGH_WARPS={16: 6}), 4, 6, 3)],
     ids=['steps_8', 'steps_8-65', 'each_4', 'each_6', 'each_3-order'])
 def test_cut_as_for_larger_sizes(monkeypatch, case, settings, steps, segments, each, device):
     call = Call('selective_scan', case, 'triton', device)

@@ -11,6 +11,7 @@ from .blocks import (
     Launch,
     ask_now,
     both_ways,
+    fours,
     load_bias,
     load_projection,
     load_ranks,
@@ -74,8 +75,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                    D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr,
                    DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
                    C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
-                   WARPS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr,
-                   SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, MAPS: tl.constexpr,
+                   WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+                   OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, MAPS: tl.constexpr,
                    SEGMENTED: tl.constexpr):
     """As ``_scan``, in reverse; a program takes all states in turn, with ``MAPS`` one. Blocks of tokens are chunks.
 
@@ -83,7 +84,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     the same, fp32; token_sums (blocks of channels, batch, K, L, R + N + N), the last N with ``OUTPUT`` only;
     sums (batch, segs, K, R + 1 + N + 1, D), the last with ``SKIP`` only.
     """
-    BLOCKS: tl.constexpr = (D + 16 * WARPS - 1) // (16 * WARPS)
+    BLOCKS: tl.constexpr = (D + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)
     NS: tl.constexpr = N if MAPS else 1
     COLUMNS: tl.constexpr = R + N + (N if OUTPUT else 0)
     SUMS: tl.constexpr = R + 1 + N + (1 if SKIP else 0)
@@ -91,7 +92,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     WIDTH: tl.constexpr = max(8, RANKS)
     pid = tl.program_id(0)
     block = pid % BLOCKS
-    d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * 16 + tl.arange(0, 16)[None, None, :]
+    d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     in_d = d < D
     seg = pid // BLOCKS % segs
     row = pid // BLOCKS // segs
@@ -112,9 +113,10 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     sums += ((image * segs + seg) * K + k) * SUMS * D
     if ORDER:
         order += image * order_image + k * order_row
-    bias = load_bias(bias + k * D, block, D, WARPS)
+    bias += k * D
     if SLOTS:
-        weights = load_projection(weight, block, D, R, RANKS, SLOTS, WARPS)
+        weights = load_projection(weight, bias, block, dt.dtype.element_ty, D, R, RANKS, SLOTS, WARPS, CHANNELS)
+    bias = load_bias(bias, block, D, WARPS, CHANNELS)
     g = tl.arange(0, GROUPS)[:, None, None]
     # Of the segment's tokens, a group has every GROUPS-th run of STEPS, or one run.
     apart = each * STEPS if MAPS else STEPS
@@ -126,26 +128,27 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         product_step, product_group = rows_of_steps(STEPS)
         product_token = product_group * STEPS + product_step
         column = tl.arange(0, WIDTH)
-        own = (block * WARPS + tl.arange(0, WARPS)[:, None]) * 16 + product_channel(tl.arange(0, 16))[None, :]
-        own = own[:, :, None]
+        own = product_channel(tl.arange(0, CHANNELS), CHANNELS)[None, :]
+        own = ((block * WARPS + tl.arange(0, WARPS)[:, None]) * CHANNELS + own)[:, :, None]
         own_in = (own < D) & (column < R)[None, None, :]
         wide = tl.load(weight + own * R + column[None, None, :], mask=own_in, other=0.0).to(tl.float32)
         wide_high, wide_rest = split_tf32(wide)
         lines = tl.arange(0, max(WARPS // 2, 1)) * 32
-        sum_bias = tl.zeros([GROUPS, WARPS, 16], tl.float32)
-        sum_skip = tl.zeros([GROUPS, WARPS, 16], tl.float32)
-        sum_weight = tl.zeros([WARPS, 16, WIDTH], tl.float32)
+        sum_bias = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
+        sum_skip = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
+        sum_weight = tl.zeros([WARPS, CHANNELS, WIDTH], tl.float32)
         if SKIP:
             skip_d = tl.load(skip + k * D + d, mask=in_d, other=0.0).to(tl.float32)
 
     for n in range(first_n, first_n + N // NS):
         rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         grad_n = grad + (0 if OUTPUT else n * D)
-        total = tl.zeros([GROUPS, WARPS, 16], tl.float32)
-        sum_rate = tl.zeros([GROUPS, WARPS, 16], tl.float32)
-        carry = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+        total = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
+        sum_rate = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
+        carry = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
         if SEGMENTED and not MAPS:
-            carry = state_before(maps + (row * N + n) * segs * 2 * D, segs - 1 - seg, segs - 1, -1, D, 2 * D, d, in_d)
+            carry = state_before(maps + (row * N + n) * segs * 2 * D, segs - 1 - seg, segs - 1, -1, D, 2 * D,
+                                 fours(block, WARPS, CHANNELS))
         start = first + (count - 1) * ahead
         loaded = _load(x, dt, B + n, C + n, grad_n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS,
                        SLOTS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
@@ -153,15 +156,15 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         for i in tl.range(0, count, num_stages=1):
             low, grads, cs, us, bs = loaded
             if OUTPUT:
-                cs = of_steps(cs, STEPS)
+                cs = of_steps(cs, STEPS, CHANNELS)
             if not MAPS:
-                bs = of_steps(bs, STEPS)
+                bs = of_steps(bs, STEPS, CHANNELS)
             back = count - 1 - i
             start = first + back * ahead
             left = (L - start).to(tl.int32)
             if not MAPS:  # in units of log(2), as steps are
                 soon = tl.maximum(start // CHUNK - 2, 0)
-                prefetch(states + ((row * chunks + soon) * N + n) * D + block * WARPS * 16 + lines)
+                prefetch(states + ((row * chunks + soon) * N + n) * D + block * WARPS * CHANNELS + lines)
                 h = tl.load(states + ((row * chunks + start // CHUNK) * N + n) * D + d, mask=in_d, other=0.0) * LOG2_E
             # The block before is loaded while this one is worked on; before the first one, that one again.
             prior = first + tl.maximum(back - 1, 0) * ahead
@@ -172,8 +175,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             if SLOTS:
                 projected = project(low, weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
-                projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS, STEPS,
-                                         ORDER)
+                projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS,
+                                         CHANNELS, STEPS, ORDER)
             deltas, decays = (), ()
             for s in tl.static_range(STEPS):
                 step = soft_step(projected[s])
@@ -184,9 +187,9 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                     carry = decays[s] * (_times(cs, grads, s) + carry)
             else:
                 begin = 0 if ORDER else start
-                group_a = tl.full([GROUPS, WARPS, 16], 1.0, tl.float32)
-                group_h = tl.zeros([GROUPS, WARPS, 16], tl.float32)
-                group_r = tl.zeros([GROUPS, WARPS, 16], tl.float32)
+                group_a = tl.full([GROUPS, WARPS, CHANNELS], 1.0, tl.float32)
+                group_h = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
+                group_r = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
                 slopes, drives = (), ()
                 for s in tl.static_range(STEPS):
                     slopes, drives = slopes + (slope_of(projected[s]),), drives + (us[s] * bs[s],)
@@ -372,8 +375,8 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, 
     maps = run.maps(1)
     buffers = grad, states, maps, grad_x, grad_delta, token_sums, sums
     if maps is not None:
-        run(_scan_backward, N, *buffers, maps=True)
-    run(_scan_backward, 1, *buffers, maps=False)
+        run(_scan_backward, N, *buffers, constants=(True, True))
+    run(_scan_backward, 1, *buffers, constants=(False, maps is not None))
     launch(_finish_parameters, (cdiv(D, _VALUES), K * rows, 1), sums, run.tensors[2], grad_A, grad_weight, grad_bias,
            grad_skip, parts, D, N, K, R, skip is not None, log, _ROWS, _VALUES)
     launch(_finish_tokens, (cdiv(batch * K * L, _VALUES), 1, 1), token_sums, grad_dt, grad_B,

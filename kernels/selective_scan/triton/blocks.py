@@ -1,10 +1,10 @@
 """How the scan is cut into blocks, and the pieces that its forward and backward kernels share.
 
-A program walks blocks of tokens by a block of channels, its warps side by side with 16 channels each: nothing of the
-recurrence crosses warps. Step ``s`` of all eight groups of tokens is one tensor [groups, warps, 16], of which a thread
-has one group and four channels: within a group the recurrence runs step by step, each step elementwise, and between
-groups by exchanges between threads of the maps ``h -> a h + b``. What a thread has is also what the tensor cores want
-of it, so that nothing moves for the products with ``dt_weight``.
+A program walks blocks of tokens by a block of channels, its warps side by side with 16 or 32 channels each: nothing of
+the recurrence crosses warps. Step ``s`` of all eight groups of tokens is one tensor [groups, warps, channels], of which
+a thread has one group and a fourth of the channels: within a group the recurrence runs step by step, each step
+elementwise, and between groups by exchanges between threads of the maps ``h -> a h + b``. What a thread has is also
+what the tensor cores want of it, so that nothing moves for the products with ``dt_weight``.
 """
 import torch
 import triton
@@ -20,21 +20,23 @@ RUNTIME = ['L', 'chunks', 'segs', 'each', 'dt_image', 'B_image', 'C_image', 'ord
 GROUPS = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 #: Sequences are split where images, directions and blocks of channels alone give fewer warps than the first; into as
-#: many segments as make the second.
-_FEW_WARPS, _ENOUGH_WARPS = 500, 2112
+#: many segments as make the second, by the channels of a warp.
+_FEW_WARPS, _ENOUGH_WARPS = 500, {16: 2112, 32: 1584}
 #: Between few and so many warps, which are no segments, each needs more that it can do at once.
 _MANY_WARPS = 1500
 #: Above so many slots, see ``load_projection``, a program does not hold them: a thread has 255 registers.
 _MOST_SLOTS = 64
+#: And up to so many, its warps may have 32 channels.
+_MOST_SLOTS_WIDE = 16
 
 
-def _segments(warps, blocks, longest):
+def _segments(warps, blocks, longest, channels=16):
     """Into how many segments a sequence of ``blocks`` blocks of tokens is split where there are ``warps`` independent
-    warps, and the blocks of each, at most ``longest``. Segments cost another pass over the input, so there is one if
-    that keeps a GPU busy."""
-    if warps >= _FEW_WARPS or blocks < 8:
+    warps of so many ``channels``, and the blocks of each, at most ``longest``. Segments cost another pass over the
+    input, so there is one if that keeps a GPU busy."""
+    if warps * channels >= _FEW_WARPS * 16 or blocks < 8:
         return 1, max(blocks, 1)
-    each = min(max(2, cdiv(blocks * warps, _ENOUGH_WARPS)), longest)
+    each = min(max(2, cdiv(blocks * warps, _ENOUGH_WARPS[channels])), longest)
     return cdiv(blocks, each), each
 
 
@@ -45,14 +47,22 @@ def _dense(tensor):
 
 class Launch:
     """The shapes of one call, and the launch of kernels whose first arguments are those of the operator. ``alone``:
-    the steps where a warp has few beside it that could work while it waits."""
+    the steps where a warp has few beside it that could work while it waits. ``wide``: warps have 32 channels where
+    there are segments and a thread can hold that."""
 
-    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log, alone=None):
+    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log, alone=None, wide=False):
         (self.batch, self.L, self.D), (self.K, self.R), self.N = x.shape, dt.shape[2:], B.shape[3]
         self.output, self.chunks = C is not None, cdiv(self.L, chunk)
-        self.num_warps = min(warps, next_power_of_2(cdiv(self.D, 16)))
-        self.blocks = cdiv(self.D, 16 * self.num_warps)
-        programs = self.batch * self.K * self.blocks * (1 if self.output else self.N)
+        ranks = max(4, next_power_of_2(self.R))
+        slots = ranks * (2 if dt.dtype.itemsize == 2 and ranks > 4 else 4)  # half precision has no rest
+        slots = slots if slots <= _MOST_SLOTS else 0
+        wide = wide and 0 < slots <= _MOST_SLOTS_WIDE and x.dtype.itemsize == 2 and self.D % 32 == 0
+        for self.channels in (32, 16) if wide else (16,):
+            self.num_warps = min(warps, next_power_of_2(cdiv(self.D, self.channels)))
+            self.blocks = cdiv(self.D, self.channels * self.num_warps)
+            programs = self.batch * self.K * self.blocks * (1 if self.output else self.N)
+            if _segments(programs * self.num_warps, cdiv(self.L, 8 * steps), self.L, self.channels)[0] > 1:
+                break
         # Images follow one another, so that the compiler knows how they are aligned.
         self.x, x_row = as_rows(x, 2)
         dt, B = _dense(dt), _dense(B)
@@ -69,18 +79,16 @@ class Launch:
         # Within a segment places have 32 bits.
         widest = 8 * steps * max(x_row, self.N * self.D, *(t.stride(1) for t in (dt, B, C)))
         self.segments, self.each = _segments(programs * self.num_warps, cdiv(self.L, 8 * steps),
-                                             max((2**31 - 1) // widest, 1))
+                                             max((2**31 - 1) // widest, 1), self.channels)
         if self.R > MOST_RANKS:
             raise BackendError(f"selective_scan: 'triton' takes dt of rank 1 to {MOST_RANKS}, got {self.R}; use "
                                "mmvssm.kernels.use_backend('torch')")
-        ranks = max(4, next_power_of_2(self.R))
-        slots = ranks * (2 if dt.dtype.itemsize == 2 and ranks > 4 else 4)  # half precision has no rest
-        slots = slots if slots <= _MOST_SLOTS else 0
         self.steps = steps
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
                         C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
-                        self.num_warps, steps, chunk, self.output, skip is not None, order is not None, log)
+                        self.num_warps, self.channels, steps, chunk, self.output, skip is not None, order is not None,
+                        log)
 
     def maps(self, each):
         """Memory for what segments do to states, ``each`` map by map, or None where there is one segment."""
@@ -88,10 +96,11 @@ class Launch:
             return None
         return self.x.new_empty((self.batch, self.K, self.N, self.segments, each, 2, self.D), dtype=torch.float32)
 
-    def __call__(self, kernel, states, *buffers, maps, **options):
-        """Launch ``kernel`` with ``states`` programs per image, direction, segment and block of channels."""
+    def __call__(self, kernel, states, *buffers, constants, **options):
+        """Launch ``kernel`` with ``states`` programs per image, direction, segment and block of channels; its last
+        arguments are ``constants``."""
         programs = self.blocks * self.segments * self.batch * self.K * states
-        launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, maps, self.segments > 1,
+        launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, *constants,
                num_warps=self.num_warps, **options)
 
 
@@ -106,14 +115,13 @@ def load_rate(A, LOG: tl.constexpr, mask):
 
 @triton.jit
 def soft_step(v):
-    """``softplus(-v) / log(2)`` for ``v`` in units of log(2), good to 4e-7 of its value, however small it is:
+    """``softplus(-v) / log(2)`` for ``v`` in units of log(2), good to 5e-7 of its value, however small it is:
     exponentials are to base 2 here, and ``exp2(A * step)`` is the decay."""
     u = exp2_minus_abs(v)
     # log2(1 + u) / u on [0, 1], by least relative error
-    p = 0.0075491308234632015 * u - 0.042566847056150436
-    p = ((p * u + 0.11285582184791565) * u - 0.1971186250448227) * u + 0.27564123272895813
-    p = ((p * u - 0.3584084212779999) * u + 0.48069295287132263) * u - 0.7213401794433594
-    p = p * u + 1.4426950216293335
+    p = -0.0123194744810462 * u + 0.06360790133476257
+    p = ((p * u - 0.1553519070148468) * u + 0.2560097575187683) * u - 0.35339483618736267
+    p = ((p * u + 0.48006370663642883) * u - 0.7213100790977478) * u + 1.4426947832107544
     return p * u - tl.minimum(v, 0.0)
 
 
@@ -178,60 +186,68 @@ def ask_now(count):
 
 
 @triton.jit
-def product_channel(column):
-    """The channel whose product shall be in ``column`` of 16, so that it comes out where the thread holds it."""
-    return column % 8 // 2 * 4 + column // 8 * 2 + column % 2
+def product_channel(column, CHANNELS: tl.constexpr):
+    """The channel of a warp whose product shall be in ``column``, so that it comes out where the thread holds it."""
+    return column % 8 // 2 * (CHANNELS // 4) + column // 8 * 2 + column % 2
 
 
 @triton.jit
-def _product_channels(block, WARPS: tl.constexpr):
-    """The channels of a product's columns, [warps, 1, 16]."""
-    return (block * WARPS + tl.arange(0, WARPS)[:, None, None]) * 16 + product_channel(tl.arange(0, 16))[None, None, :]
+def _product_channels(block, WARPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The channels of a product's columns, [warps, 1, channels]."""
+    column = product_channel(tl.arange(0, CHANNELS), CHANNELS)[None, None, :]
+    return (block * WARPS + tl.arange(0, WARPS)[:, None, None]) * CHANNELS + column
 
 
 @triton.jit
-def load_bias(bias, block, D: tl.constexpr, WARPS: tl.constexpr):
-    """``dt_bias``, [warps, 1, 16], for ``project``, in units of log(2), with the other sign: minus signs take
+def load_bias(bias, block, D: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """``dt_bias``, [warps, 1, channels], for ``project``, in units of log(2), with the other sign: minus signs take
     instructions."""
-    d = _product_channels(block, WARPS)
+    d = _product_channels(block, WARPS, CHANNELS)
     return tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32) * -LOG2_E
 
 
 @triton.jit
-def load_projection(weight, block, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
-                    WARPS: tl.constexpr):
-    """``dt_weight``, [warps, slots, 16], for ``project``, in the units of ``load_bias``.
+def load_projection(weight, bias, block, DTYPE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
+                    SLOTS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """``dt_weight``, [warps, slots, channels], for ``project``, in the units of ``load_bias``. ``DTYPE``: of ``dt``.
 
     Tensor cores read eleven digits of a number. Two slots follow one another for each rank, with the weight's first
-    digits and its others; where there are ``4 * RANKS``, all of them come twice. A thread loads what it multiplies.
+    digits and its others; where there are ``4 * RANKS``, all of them come twice, or for half precision, which needs
+    them once, ``dt_bias`` takes the first two of the second half. A thread loads what it multiplies.
     """
     QUADS: tl.constexpr = RANKS // 4
     g = tl.arange(0, GROUPS)[:, None, None]
-    tiles = ()
-    for tile in tl.static_range(2):
-        d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * 16 + product_channel(tile * 8 + g)
+    rank = tl.arange(0, 4)[None, None, :]
+    tiles, biases = (), ()
+    for tile in tl.static_range(CHANNELS // 8):
+        d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * CHANNELS + product_channel(tile * 8 + g, CHANNELS)
         quads = ()
         for quad in tl.static_range(QUADS):
-            rank = quad * 4 + tl.arange(0, 4)[None, None, :]
-            w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
+            at = weight + d * R + (quad * 4 + rank)
+            w = tl.load(at, mask=(d < D) & (quad * 4 + rank < R), other=0.0).to(tl.float32) * -LOG2_E
             high, rest = split_tf32(w)
             quads = quads + (tl.join(high, rest),)
         tiles = tiles + (stack(quads),)
+        if DTYPE != tl.float32 and SLOTS > 2 * RANKS:
+            at = tl.max_contiguous(tl.broadcast_to(bias + d, (GROUPS, WARPS, 4)), (1, 1, 4))  # as those of weight
+            w = tl.load(at, mask=(d < D) & (rank == 0), other=0.0).to(tl.float32) * -LOG2_E
+            high, rest = split_tf32(w)
+            biases = biases + (stack((tl.join(high, rest),)),)
     w = stack(tiles)  # [groups, warps, 4, 2, quads, tiles]
     if SLOTS > 2 * RANKS:
-        w = tl.permute(tl.join(w, w), (1, 6, 4, 2, 3, 5, 0))
+        w = tl.permute(tl.join(w, w if DTYPE == tl.float32 else stack(biases)), (1, 6, 4, 2, 3, 5, 0))
     else:
         w = tl.permute(w, (1, 4, 2, 3, 5, 0))
-    return tl.reshape(w, (WARPS, SLOTS, 16))
+    return tl.reshape(w, (WARPS, SLOTS, CHANNELS))
 
 
 @triton.jit
 def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS: tl.constexpr):
-    """``-(dt @ dt_weight.T + dt_bias)`` in units of log(2), as a tuple of ``STEPS`` tensors [groups, warps, 16].
+    """``-(dt @ dt_weight.T + dt_bias)`` in units of log(2), as a tuple of ``STEPS`` tensors [groups, warps, channels].
 
     ``low`` is what ``load_ranks`` gave of ``dt``, which is of ``DTYPE``; tokens are in the order of ``rows_of_steps``.
     Of float32 the first digits are multiplied by the first of the slots, the others by those that come again. Tensor
-    cores read all of half precision.
+    cores read all of half precision, which leaves ones for those of ``dt_bias``.
     """
     WARPS: tl.constexpr = weights.shape[0]
     QUADS: tl.constexpr = RANKS // 4
@@ -243,7 +259,7 @@ def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS:
         quads = quads + (stack(steps),)
     low = stack(quads)  # [groups, warps, 4, steps, quads]
     if weights.shape[1] > 2 * RANKS:
-        high, rest = low, tl.zeros_like(low)
+        high, rest = low, tl.full(low.shape, 1.0, tl.float32)
         if DTYPE == tl.float32:
             high, rest = split_tf32(low)
         low = tl.join(high, rest)
@@ -251,7 +267,10 @@ def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS:
     else:
         low = tl.permute(tl.join(low, low), (1, 3, 0, 4, 2, 5))
     low = tl.reshape(low, (WARPS, STEPS * GROUPS, weights.shape[1]))
-    v = tl.dot(low, weights, tl.broadcast_to(bias, (WARPS, low.shape[1], 16)), input_precision='tf32')
+    if DTYPE != tl.float32 and weights.shape[1] > 2 * RANKS:
+        v = tl.dot(low, weights, input_precision='tf32')
+    else:
+        v = tl.dot(low, weights, tl.broadcast_to(bias, (WARPS, low.shape[1], weights.shape[2])), input_precision='tf32')
     return _steps_of(v, STEPS)
 
 
@@ -277,12 +296,13 @@ def _joined(x):
 
 @triton.jit
 def project_many(dt, weight, bias, order, start, left, apart, block, D: tl.constexpr, R: tl.constexpr,
-                 ROW: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, ORDER: tl.constexpr):
+                 ROW: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+                 ORDER: tl.constexpr):
     """As ``project``, of ranks too many for a program to hold: sixteen after sixteen, from memory."""
     token, here = tokens_of_rows(order, start, left, apart, STEPS, ORDER)
     dt += (0 if ORDER else start) * ROW
-    d = _product_channels(block, WARPS)
-    v = tl.broadcast_to(bias, (WARPS, GROUPS * STEPS, 16))
+    d = _product_channels(block, WARPS, CHANNELS)
+    v = tl.broadcast_to(bias, (WARPS, GROUPS * STEPS, CHANNELS))
     for first in tl.range(0, R, 16, num_stages=1):
         rank = first + tl.arange(0, 16)
         low = load_tile(dt, token, rank, here, ROW, R).to(tl.float32)
@@ -300,10 +320,11 @@ def project_many(dt, weight, bias, order, start, left, apart, block, D: tl.const
 
 @triton.jit
 def _steps_of(v, STEPS: tl.constexpr):
-    """A product, [warps, tokens, 16], as a tuple of ``STEPS`` tensors [groups, warps, 16]."""
+    """A product, [warps, tokens, channels], as a tuple of ``STEPS`` tensors [groups, warps, channels]."""
     WARPS: tl.constexpr = v.shape[0]
-    v = tl.permute(tl.reshape(v, (WARPS, STEPS, 8, 2, 4, 2)), (2, 0, 4, 3, 5, 1))
-    return _unpack(tl.reshape(v, (8, WARPS, 16, STEPS)))
+    CHANNELS: tl.constexpr = v.shape[2]
+    v = tl.permute(tl.reshape(v, (WARPS, STEPS, 8, CHANNELS // 8, 4, 2)), (2, 0, 4, 3, 5, 1))
+    return _unpack(tl.reshape(v, (8, WARPS, CHANNELS, STEPS)))
 
 
 @triton.jit
@@ -371,8 +392,8 @@ def _is_late(BIT: tl.constexpr):
 
 @triton.jit
 def through_groups(a, b, REVERSE: tl.constexpr = False):
-    """Groups apply the maps ``h -> a h + b``, [groups, warps, 16], one after the other, ``REVERSE`` from the last to
-    the first. Returns (a, b) of all of them together, and of the map up to each group without it."""
+    """Groups apply the maps ``h -> a h + b``, [groups, warps, channels], one after the other, ``REVERSE`` from the last
+    to the first. Returns (a, b) of all of them together, and of the map up to each group without it."""
     to_a = a * 0 + 1
     to_b = b * 0
     for BIT in tl.static_range(3):
@@ -407,18 +428,56 @@ def both_ways(a, b, r):
 
 
 @triton.jit
-def state_before(maps, count, first, step, D: tl.constexpr, MAP: tl.constexpr, d, in_d):
-    """The state, [groups, warps, 16] with all groups alike, that ``count`` segments leave behind, each a map
-    ``h -> a h + b``; they start at segment ``first`` and go by ``step``. ``maps``: a and b, (2, D), every ``MAP``."""
+def fours(block, WARPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The channels of threads four by four, a tuple of one or two [1, warps, 16]: of float32, a thread loads and stores
+    no more at once, and more would move between threads."""
+    i = tl.arange(0, 16)[None, None, :]
+    d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * CHANNELS + i // 4 * (CHANNELS // 4) + i % 4
+    if CHANNELS == 16:
+        return (d,)
+    else:
+        return d, d + 4
+
+
+@triton.jit
+def load_fours(at, ds, there, D: tl.constexpr, other):
+    """[groups, warps, channels] in float32, of channels ``ds`` by ``fours``."""
+    first = tl.load(at + ds[0], mask=there & (ds[0] < D), other=other)
+    if len(ds) == 1:
+        return first
+    else:
+        second = tl.load(at + ds[1], mask=there & (ds[1] < D), other=other)
+        SHAPE: tl.constexpr = (first.shape[0], first.shape[1], 4, 4)
+        x = tl.permute(tl.join(tl.reshape(first, SHAPE), tl.reshape(second, SHAPE)), (0, 1, 2, 4, 3))
+        return tl.reshape(x, (first.shape[0], first.shape[1], 32))
+
+
+@triton.jit
+def store_fours(at, ds, x, there, D: tl.constexpr):
+    """Stores as ``load_fours`` loads."""
+    if len(ds) == 1:
+        tl.store(at + ds[0], x, mask=there & (ds[0] < D))
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(x, (x.shape[0], x.shape[1], 4, 2, 4)), (0, 1, 2, 4, 3)))
+        SHAPE: tl.constexpr = (x.shape[0], x.shape[1], 16)
+        tl.store(at + ds[0], tl.reshape(first, SHAPE), mask=there & (ds[0] < D))
+        tl.store(at + ds[1], tl.reshape(second, SHAPE), mask=there & (ds[1] < D))
+
+
+@triton.jit
+def state_before(maps, count, first, step, D: tl.constexpr, MAP: tl.constexpr, ds):
+    """The state, [groups, warps, channels] with all groups alike, that ``count`` segments leave behind, each a map
+    ``h -> a h + b``; they start at segment ``first`` and go by ``step``. ``maps``: a and b, (2, D), every ``MAP``.
+    ``ds``: channels by ``fours``."""
     g = tl.arange(0, GROUPS)[:, None, None]
     each = tl.cdiv(count, GROUPS)
-    a = tl.where(in_d & (g >= 0), 1.0, 1.0)
+    a = tl.full([GROUPS, ds[0].shape[1], 16 * len(ds)], 1.0, tl.float32)
     b = a * 0
     for i in tl.range(0, each, num_stages=1, loop_unroll_factor=8):
-        there = (g * each + i < count) & in_d
-        place = maps + (first + step * (g * each + i)).to(tl.int64) * MAP + d
-        by = tl.load(place, mask=there, other=1.0)
-        b = by * b + tl.load(place + D, mask=there, other=0.0)
+        there = g * each + i < count
+        place = maps + (first + step * (g * each + i)).to(tl.int64) * MAP
+        by = load_fours(place, ds, there, D, 1.0)
+        b = by * b + load_fours(place + D, ds, there, D, 0.0)
         a *= by
     return through_groups(a, b)[1]
 
@@ -467,14 +526,14 @@ def load_scalars(base, order, start, runs, left, ROW: tl.constexpr, WARPS: tl.co
 
 
 @triton.jit
-def of_steps(scalars, STEPS: tl.constexpr):
-    """What ``load_scalars`` loaded, in float32, by step: [groups, warps, 16], all channels alike."""
+def of_steps(scalars, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """What ``load_scalars`` loaded, in float32, by step: [groups, warps, channels], all channels alike."""
     values = ()
     for s in tl.static_range(STEPS):
         x = scalars[s // 4].to(tl.float32)
         x = tl.gather(x, tl.full(x.shape, s % 4, tl.int32), 2)
-        x = tl.broadcast_to(tl.reshape(x, x.shape + (1,)), x.shape + (4,))
-        values = values + (tl.reshape(x, (x.shape[0], x.shape[1], 16)),)
+        x = tl.broadcast_to(tl.reshape(x, x.shape + (1,)), x.shape + (CHANNELS // 4,))
+        values = values + (tl.reshape(x, (x.shape[0], x.shape[1], CHANNELS)),)
     return values
 
 
@@ -485,7 +544,7 @@ def widen(values):
     wide = ()
     for i in tl.static_range(len(values)):
         value = values[i]
-        if value.dtype == tl.bfloat16 and value.shape[2] == 16 and not _INTERPRETED:  # both of a register at once
+        if value.dtype == tl.bfloat16 and value.shape[2] >= 16 and not _INTERPRETED:  # both of a register at once
             value = tl.inline_asm_elementwise('shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;', '=f,=f,r', [value],
                                               tl.float32, True, 2)
         wide = wide + (value.to(tl.float32),)
