@@ -101,8 +101,9 @@ class Meter:
 
     #: Written between calls, more than any level-2 cache holds.
     CACHE_BYTES = 1 << 28
-    #: Cycles of the GPU that it waits, so that the CPU has queued all of a short call before it begins.
-    HEAD_START = 1_500_000
+    #: Cycles that the GPU waits for each second that the CPU takes to queue a call, so that it has queued all of it
+    #: before it begins: twice as long as that.
+    HEAD_START = 4e9
 
     def __init__(self, device, seconds):
         self.device, self.seconds = torch.device(device), seconds
@@ -130,10 +131,11 @@ class Meter:
             return [1e3 * self.clock(function) for _ in range(repeats)]
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         cache = torch.empty(self.CACHE_BYTES if alone else 0, dtype=torch.int8, device=self.device)
+        head_start = int(self.HEAD_START * max(1e-6 * self.host_us(function), 2e-4)) if alone else 0
         for start, stop in events:
             if alone:
                 cache.zero_()
-                torch.cuda._sleep(self.HEAD_START)
+                torch.cuda._sleep(head_start)
             start.record()
             function()
             stop.record()

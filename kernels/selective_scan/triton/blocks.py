@@ -54,7 +54,7 @@ class Launch:
         (self.batch, self.L, self.D), (self.K, self.R), self.N = x.shape, dt.shape[2:], B.shape[3]
         self.output, self.chunks = C is not None, cdiv(self.L, chunk)
         ranks = max(4, next_power_of_2(self.R))
-        slots = ranks * (2 if dt.dtype.itemsize == 2 and ranks > 4 else 4)  # half precision has no rest
+        slots = 2 * ranks * (1 if dt.dtype.itemsize == 2 else 2) * (2 if ranks == 4 else 1)  # see load_projection
         slots = slots if slots <= _MOST_SLOTS else 0
         wide = wide and 0 < slots <= _MOST_SLOTS_WIDE and x.dtype.itemsize == 2 and self.D % 32 == 0
         for self.channels in (32, 16) if wide else (16,):
@@ -212,33 +212,36 @@ def load_projection(weight, bias, block, DTYPE: tl.constexpr, D: tl.constexpr, R
     """``dt_weight``, [warps, slots, channels], for ``project``, in the units of ``load_bias``. ``DTYPE``: of ``dt``.
 
     Tensor cores read eleven digits of a number. Two slots follow one another for each rank, with the weight's first
-    digits and its others; where there are ``4 * RANKS``, all of them come twice, or for half precision, which needs
-    them once, ``dt_bias`` takes the first two of the second half. A thread loads what it multiplies.
+    digits and its others; for float32 all of them come twice. Of four ranks half precision would leave half of the
+    slots empty that a product takes at least: ``dt_bias`` takes three of them, then. A thread loads what it multiplies.
     """
-    QUADS: tl.constexpr = RANKS // 4
     g = tl.arange(0, GROUPS)[:, None, None]
     rank = tl.arange(0, 4)[None, None, :]
     tiles, biases = (), ()
     for tile in tl.static_range(CHANNELS // 8):
         d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * CHANNELS + product_channel(tile * 8 + g, CHANNELS)
         quads = ()
-        for quad in tl.static_range(QUADS):
+        for quad in tl.static_range(RANKS // 4):
             at = weight + d * R + (quad * 4 + rank)
             w = tl.load(at, mask=(d < D) & (quad * 4 + rank < R), other=0.0).to(tl.float32) * -LOG2_E
             high, rest = split_tf32(w)
             quads = quads + (tl.join(high, rest),)
         tiles = tiles + (stack(quads),)
-        if DTYPE != tl.float32 and SLOTS > 2 * RANKS:
-            at = tl.max_contiguous(tl.broadcast_to(bias + d, (GROUPS, WARPS, 4)), (1, 1, 4))  # as those of weight
-            w = tl.load(at, mask=(d < D) & (rank == 0), other=0.0).to(tl.float32) * -LOG2_E
-            high, rest = split_tf32(w)
-            biases = biases + (stack((tl.join(high, rest),)),)
+        if RANKS == 4:
+            at = bias + d + rank  # so that the compiler has the thread load it that loads the weight
+            b = tl.load(at, mask=(d < D) & (rank == 0), other=0.0).to(tl.float32)
+            b += tl.load(at - 1, mask=(d < D) & (rank == 1), other=0.0).to(tl.float32)
+            high, rest = split_tf32(b * -LOG2_E)
+            middle, rest = split_tf32(rest)
+            b = tl.join(tl.where(rank == 0, high, rest), tl.where(rank == 0, middle, 0.0))
+            biases = biases + (stack((b,)),)
     w = stack(tiles)  # [groups, warps, 4, 2, quads, tiles]
-    if SLOTS > 2 * RANKS:
-        w = tl.permute(tl.join(w, w if DTYPE == tl.float32 else stack(biases)), (1, 6, 4, 2, 3, 5, 0))
+    if RANKS == 4:
+        b = stack(biases)
+        w = stack((w, w, b, tl.zeros_like(b)) if DTYPE == tl.float32 else (w, b))
     else:
-        w = tl.permute(w, (1, 4, 2, 3, 5, 0))
-    return tl.reshape(w, (WARPS, SLOTS, CHANNELS))
+        w = stack((w, w) if DTYPE == tl.float32 else (w,))
+    return tl.reshape(tl.permute(w, (1, 6, 4, 2, 3, 5, 0)), (WARPS, SLOTS, CHANNELS))
 
 
 @triton.jit
@@ -247,7 +250,7 @@ def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS:
 
     ``low`` is what ``load_ranks`` gave of ``dt``, which is of ``DTYPE``; tokens are in the order of ``rows_of_steps``.
     Of float32 the first digits are multiplied by the first of the slots, the others by those that come again. Tensor
-    cores read all of half precision, which leaves ones for those of ``dt_bias``.
+    cores read all of half precision. Ones are multiplied by those of ``dt_bias``.
     """
     WARPS: tl.constexpr = weights.shape[0]
     QUADS: tl.constexpr = RANKS // 4
@@ -258,16 +261,16 @@ def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS:
             steps = steps + (low[s * QUADS + quad],)
         quads = quads + (stack(steps),)
     low = stack(quads)  # [groups, warps, 4, steps, quads]
-    if weights.shape[1] > 2 * RANKS:
-        high, rest = low, tl.full(low.shape, 1.0, tl.float32)
-        if DTYPE == tl.float32:
-            high, rest = split_tf32(low)
-        low = tl.join(high, rest)
-        low = tl.permute(tl.join(low, low), (1, 3, 0, 5, 4, 2, 6))
-    else:
-        low = tl.permute(tl.join(low, low), (1, 3, 0, 4, 2, 5))
+    parts = (low,)
+    if DTYPE == tl.float32:
+        parts = split_tf32(low)
+    if RANKS == 4:
+        one = tl.full(low.shape, 1.0, tl.float32)
+        parts = (parts[0], parts[1], one, one) if DTYPE == tl.float32 else (low, one)
+    low = stack(parts)
+    low = tl.permute(tl.join(low, low), (1, 3, 0, 5, 4, 2, 6))
     low = tl.reshape(low, (WARPS, STEPS * GROUPS, weights.shape[1]))
-    if DTYPE != tl.float32 and weights.shape[1] > 2 * RANKS:
+    if RANKS == 4:
         v = tl.dot(low, weights, input_precision='tf32')
     else:
         v = tl.dot(low, weights, tl.broadcast_to(bias, (WARPS, low.shape[1], weights.shape[2])), input_precision='tf32')

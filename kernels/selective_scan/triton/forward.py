@@ -208,7 +208,7 @@ def _registers(run, half):
     if run.steps == 8:  # there are no segments
         return {'maxnreg': 216}
     if run.channels == 32:
-        return {'maxnreg': 168}
+        return {'maxnreg': 160}
     return {'maxnreg': 120} if run.segments > 1 and run.R <= 4 and run.tensors[-1] is None else {}
 
 
