@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from .._core.backends import Backend
 from .._core.extension import why_not_cpu
+from .._core.triton_support import why_not_triton
 from .orders import tables
 from .reference import quadtree_reference
 
@@ -12,7 +13,7 @@ def _cpu_forward(x, selected, height, width, shift, token_order, inverse):
     t = tables(height, width, tuple(shift), token_order, x.device)
     if inverse:
         return torch.ops.mmvssm_cpu.quadtree(x, selected, t.coarse_position, t.fine_position, t.window, t.window)
-    return torch.ops.mmvssm_cpu.quadtree(x, selected, t.coarse, t.fine, t.window[t.coarse], t.window[t.fine])
+    return torch.ops.mmvssm_cpu.quadtree(x, selected, t.coarse, t.fine, t.window_of_coarse, t.window_of_fine)
 
 
 def _torch_dots(tokens, sequence, coarse, fine):
@@ -37,7 +38,18 @@ def _backward(forward, dots):
     return backward
 
 
+def _triton_forward(*args):
+    from .triton import forward
+    return forward(*args)
+
+
+def _triton_backward(*args):
+    from .triton import backward
+    return backward(*args)
+
+
 BACKENDS = (
+    Backend('triton', why_not_triton, _triton_forward, _triton_backward, casts=True),
     Backend('cpu', why_not_cpu, _cpu_forward, _backward(_cpu_forward, _cpu_dots)),
     Backend('torch', lambda tensor: None, quadtree_reference, _backward(quadtree_reference, _torch_dots)),
 )

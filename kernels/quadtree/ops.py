@@ -2,7 +2,7 @@
 import torch
 
 from .._core.backends import choose
-from .._core.precision import compute_dtype, without_autocast
+from .._core.precision import compute_dtype
 from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
@@ -14,18 +14,14 @@ lib.define(f'quadtree({_ARGS}) -> Tensor')
 lib.define(f'quadtree_backward(Tensor grad, {_ARGS}) -> (Tensor, Tensor)')
 
 
-@without_autocast
-def _forward(x, selected, *args):
-    dtype = compute_dtype(x)
-    y = choose('quadtree', BACKENDS, x).forward(x.to(dtype), selected.to(dtype), *args)
+def _forward(x, *args):
+    y = choose('quadtree', BACKENDS, x).run('forward', (x, *args), compute_dtype(x))
     return y.to(x.dtype).contiguous()
 
 
-@without_autocast
-def _backward(grad, x, selected, *args):
-    dtype = compute_dtype(x)
-    grads = choose('quadtree', BACKENDS, x).backward(*(t.to(dtype) for t in (grad, x, selected)), *args)
-    return tuple(g.to(t.dtype).contiguous() for t, g in zip((x, selected), grads, strict=True))
+def _backward(grad, *args):
+    grads = choose('quadtree', BACKENDS, args[0]).run('backward', (grad, *args), compute_dtype(args[0]))
+    return tuple(g.to(t.dtype).contiguous() for t, g in zip(args[:2], grads, strict=True))
 
 
 def _fake(x, selected, *args):

@@ -20,6 +20,8 @@ class Tables(NamedTuple):
     coarse_position: torch.Tensor  # the position of each token in the walk by windows
     fine_position: torch.Tensor  # the same by sub-windows
     window: torch.Tensor  # 0 to 3, of each token
+    window_of_coarse: torch.Tensor  # the same of the token at each position of the walk by windows
+    window_of_fine: torch.Tensor  # and by sub-windows
 
 
 @lru_cache(maxsize=32)  # a network at one size of image needs a few
@@ -36,7 +38,8 @@ def tables(height, width, shift, token_order, device):
             quarters = coarse.view(4, height // 2, width // 2)
             fine = torch.cat([_by_windows(quarter, 2) for quarter in quarters])
         coarse_position, fine_position = coarse.argsort(), fine.argsort()
-        return Tables(coarse, fine, coarse_position, fine_position, coarse_position // (length // 4))
+        window = coarse_position // (length // 4)
+        return Tables(coarse, fine, coarse_position, fine_position, window, window[coarse], window[fine])
 
 
 def _by_windows(tokens, parts):
