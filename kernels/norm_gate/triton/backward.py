@@ -8,8 +8,8 @@ import triton.language as tl
 
 from ..._core.partial_sums import add_up
 from ..._core.triton_math import sigmoid
+from ..._core.triton_rows import load, load_parameters, normalise, rows_of
 from ..._core.triton_support import cdiv, launch, next_power_of_2, unit_of
-from .rows import load, load_parameters, normalise, rows_of
 
 _WARPS = 132 * 16  # as many as an H100 holds at a time
 _UNROLL = 2

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from ..._core.triton_math import sigmoid
+from ..._core.triton_rows import load, load_parameters, normalise, rows_of
 from ..._core.triton_support import cdiv, launch, next_power_of_2
-from .rows import load, load_parameters, normalise, rows_of
 
 
 @triton.jit(do_not_specialize=['rows'])

@@ -2,7 +2,7 @@
 import triton
 import triton.language as tl
 
-from ..._core.triton_support import as_rows
+from .triton_support import as_rows
 
 
 def rows_of(tensor):
