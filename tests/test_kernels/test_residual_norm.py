@@ -8,7 +8,7 @@ from mmengine.analysis import FlopAnalyzer
 
 from mmvssm.kernels import residual_norm, residual_norm_reference, use_backend
 
-OP, BACKENDS = 'residual_norm', ['triton', 'torch']
+OP, BACKENDS = 'residual_norm', ['triton', 'cpu', 'torch']
 CASES = room(OP, 'cases').CASES
 
 

@@ -8,13 +8,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 from torch import nn
 
 from mmvssm.kernels import (
     cross_scan_order,
     from_quadtree,
+    residual_norm,
     select_window,
     selective_scan,
     to_quadtree,
@@ -26,6 +26,7 @@ from mmvssm.kernels.quadtree.interface import check_token_order
 
 from ..layers.backbone import Stage, VisionSSM
 from ..layers.depthwise import DepthwiseConv
+from ..layers.drop_path import DropPathScale
 from ..layers.mlp import MLP
 from ..layers.ssm import reset_scan_parameters
 
@@ -36,8 +37,19 @@ QUADTREE_STAGES = (0, 1)
 SHIFT_SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of maps (B, C, H, W)."""
+class Norm(nn.LayerNorm):
+    """LayerNorm over the last dimension, in the precision of its input, also under autocast."""
+
+    def forward(self, x):
+        return residual_norm(x, self.weight, self.bias, eps=self.eps)[1]
+
+    def after(self, x, branch, scale):
+        """``x + scale * branch`` and its norm."""
+        return residual_norm(x, self.weight, self.bias, branch, scale, self.eps)
+
+
+class ChannelNorm(Norm):
+    """The same over the channels of maps (B, C, H, W)."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -74,7 +86,7 @@ class ScorePredictor(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps=LN_EPS), nn.Linear(dim, dim), nn.GELU())
+        self.in_conv = nn.Sequential(Norm(dim, eps=LN_EPS), nn.Linear(dim, dim), nn.GELU())
         self.out_conv = nn.Sequential(nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(),
                                       nn.Linear(dim // 4, 2))
 
@@ -103,7 +115,7 @@ class MultiDirectionSSM(nn.Module):
         self.dt_projs_bias = nn.Parameter(torch.empty(K, inner))
         self.A_logs = nn.Parameter(torch.empty(K * inner, d_state))
         self.Ds = nn.Parameter(torch.empty(K * inner))
-        self.out_norm = nn.LayerNorm(inner, eps=LN_EPS)
+        self.out_norm = Norm(inner, eps=LN_EPS)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def reset_ssm_parameters(self):
@@ -169,15 +181,19 @@ class Block(nn.Module):
 
     def __init__(self, dim, mixer, mlp_ratio, drop_path):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
+        self.norm = Norm(dim, eps=LN_EPS)
         self.op = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.norm2 = Norm(dim, eps=LN_EPS)
         self.mlp = MLP(dim, int(mlp_ratio * dim))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPathScale(drop_path)
 
-    def forward(self, x):
-        x = x + self.drop_path(self.op(self.norm(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x, branch=None, scale=None):
+        """``branch``, times ``scale`` (B,), is what the block before has yet to add to ``x``. Returns the same three
+        for the block after."""
+        of_mixer, of_mlp = self.drop_path(x, 2)
+        x, normed = self.norm.after(x, branch, scale)
+        x, normed = self.norm2.after(x, self.op(normed), of_mixer)
+        return x, self.mlp(normed), of_mlp
 
 
 @MODELS.register_module()

@@ -16,7 +16,7 @@ from mmvssm.kernels._core.precision import compute_dtype
 
 from ..layers.backbone import Stage, VisionSSM
 from ..layers.depthwise import DepthwiseConv
-from ..layers.drop_path import DropPathScale, add_branch
+from ..layers.drop_path import DropPathScale
 from ..layers.mlp import MLP
 from ..layers.ssm import reset_scan_parameters
 from . import spatial_mamba_block as fused
@@ -236,7 +236,4 @@ class SpatialMamba(VisionSSM):
     def run_blocks(self, blocks, x):
         if blocks is self.layers[0].blocks and not torch.compiler.is_compiling():
             fused.compile_kernels(self.layers, x)
-        branch = scale = None
-        for block in blocks:
-            x, branch, scale = self.run(block, x, branch, scale)
-        return add_branch(x, branch, scale)
+        return super().run_blocks(blocks, x)

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .checkpoint import read_checkpoint, unwrap, weights_of
+from .drop_path import add_branch
 
 
 class Stage(nn.Module):
@@ -229,10 +230,11 @@ class VisionSSM(BaseModule):
         return tuple(outputs)
 
     def run_blocks(self, blocks, x):
-        """The blocks of one stage, on maps (B, H, W, C)."""
+        """The blocks of one stage, on maps (B, H, W, C). A block leaves it to the next to add its last branch."""
+        branch = scale = None
         for block in blocks:
-            x = self.run(block, x)
-        return x
+            x, branch, scale = self.run(block, x, branch, scale)
+        return x if branch is None else add_branch(x, branch, scale)
 
     def run(self, block, x, *args):
         """``block(x, *args)``, with gradient checkpointing where it is asked for."""
