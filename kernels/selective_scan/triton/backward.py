@@ -9,6 +9,7 @@ from .blocks import (
     GROUPS,
     RUNTIME,
     Launch,
+    add_directions,
     ask_now,
     both_ways,
     fours,
@@ -384,5 +385,5 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, 
            as_rows(grad_B, 3)[1], N, columns,
            next_power_of_2(columns), _VALUES)
     if K * N > 1:
-        grad_x = grad_x.squeeze(1) if K == 1 else grad_x.sum(1)
+        grad_x = add_directions(grad_x, x.dtype)
     return [grad_x, *grads[1:]]

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..._core.backends import BackendError
 from ..._core.triton_math import LOG2_E, exp2, exp2_minus_abs, reciprocal
-from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2
+from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2, unit_of
 from ..dispatch import MOST_RANKS
 
 #: Arguments of the kernels that change with the size of the map: no kernel is compiled anew for their values.
@@ -552,3 +552,26 @@ def widen(values):
                                               tl.float32, True, 2)
         wide = wide + (value.to(tl.float32),)
     return wide
+
+
+@triton.jit(do_not_specialize=['size', 'tiles'])
+def _add_directions(parts, total, size, tiles, UNIT: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    SIZE = size * UNIT
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    place = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    parts += image * K * SIZE
+    value = tl.load(parts + place, mask=place < SIZE, other=0.0)
+    for k in tl.static_range(1, K):
+        value += tl.load(parts + tl.cast(k, tl.int64) * SIZE + place, mask=place < SIZE, other=0.0)
+    tl.store(total + image * SIZE + place, value, mask=place < SIZE)
+
+
+def add_directions(parts, dtype):
+    """Float32 ``parts`` (batch, K, L, D), contiguous, added up in the order of K: (batch, L, D) in ``dtype``."""
+    batch, K, L, D = parts.shape
+    if K == 1 or not parts.numel() or L * D >= 2**31:
+        return parts.squeeze(1) if K == 1 else parts.sum(1)
+    total, unit = parts.new_empty((batch, L, D), dtype=dtype), unit_of(L * D)
+    tiles = cdiv(L * D, 4096)
+    launch(_add_directions, (batch * tiles, 1, 1), parts, total, L * D // unit, tiles, unit, K, 4096, num_warps=8)
+    return total

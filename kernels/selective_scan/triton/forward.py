@@ -9,6 +9,7 @@ from .blocks import (
     GROUPS,
     RUNTIME,
     Launch,
+    add_directions,
     ask_now,
     fours,
     load_bias,
@@ -231,5 +232,5 @@ def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
             options['launch_pdl'] = True
         run(_scan, 1 if run.output else run.N, maps, y, states, constants=(False, maps is not None, overlap), **options)
     if run.output:
-        y = y.squeeze(1) if run.K == 1 else y.sum(1)
+        y = add_directions(y, x.dtype)
     return y, states
