@@ -28,6 +28,6 @@ def test_classifier_at_224(family, arch, published, by_us):
     with torch.no_grad():
         by_operator = analyzer.by_operator()
     assert analyzer.total() / 1e9 == pytest.approx(published, rel=0.03)
-    rest = sum(by_operator[name] for name in ('layer_norm', 'batch_norm', 'norm_gate', 'quadtree'))
+    rest = sum(by_operator[name] for name in ('layer_norm', 'batch_norm', 'norm_gate', 'residual_norm', 'quadtree'))
     assert (analyzer.total() - rest) / 1e9 == pytest.approx(by_us, rel=0.01)
     assert [name for name in analyzer.unsupported_ops() if name.startswith('mmvssm')] == []
