@@ -4,6 +4,7 @@ What such a function does with tensors of the same shapes is always the same: me
 order. A :class:`Recording` notes it in a pass over tensors without memory, and repeats it on real ones in a fraction of
 the processor's time. Unlike a CUDA graph it holds no memory and works on whatever tensors it is given.
 """
+import contextlib
 import functools
 import threading
 
@@ -110,7 +111,8 @@ class Recording:
 
     def __init__(self, function, inputs, device, unaligned=(), apart=None):
         # In inference mode composed operations would not be taken apart.
-        with torch.inference_mode(False), torch.no_grad(), collect_launches() as steps, _Operations(steps):
+        gpu = torch.cuda.device(device) if device.type == 'cuda' else contextlib.nullcontext()
+        with gpu, torch.inference_mode(False), torch.no_grad(), collect_launches() as steps, _Operations(steps):
             results, kept = function(*inputs)
         # All tensors of the pass are alive here, so no two have the same storage.
         self._device, self._unaligned, self._count = device, unaligned, len(inputs)

@@ -80,15 +80,21 @@ def why_not_triton(tensor):
     return reason
 
 
+_OLDEST_THAT_OVERLAPS, _OLDEST_DRIVER_THAT_CAPTURES_IT = (9, 0), 12030
+
+
 @functools.cache
 def _overlaps(index):
-    return torch.cuda.get_device_capability(None if index < 0 else index) >= (9, 0)
+    return (torch.cuda.get_device_capability(index) >= _OLDEST_THAT_OVERLAPS
+            and torch._C._cuda_getDriverVersion() >= _OLDEST_DRIVER_THAT_CAPTURES_IT)
 
 
 def overlaps(tensor):
     """Whether the GPU of ``tensor``, or the current one if it has none, can start a kernel before the one ahead of it
     has ended: with ``launch_pdl``, and ``let_next_start`` and ``wait_for_previous`` of ``triton_math``."""
-    return not INTERPRETED and torch.cuda.is_available() and _overlaps(tensor.get_device())
+    if tensor.is_cuda:
+        return _overlaps(tensor.get_device())
+    return not INTERPRETED and torch.cuda.is_available() and _overlaps(torch.cuda.current_device())
 
 
 def cdiv(a, b):

@@ -1,13 +1,48 @@
-"""The kernels: a program moves some rows; of the two that a row may be made of, it loads those that count."""
+"""The kernels: a program moves some rows; of the two that a row may be made of, it loads those that count. Token orders
+are arithmetic: tables would have to live as long as a CUDA graph that reads them."""
 import torch
 import triton
 import triton.language as tl
 
 from .._core.triton_support import as_rows, cdiv, launch, next_power_of_2, unit_of
-from .orders import tables
 
 _TILE = 4096  # numbers: 32 a thread
 _WARPS = 4
+
+
+@triton.jit
+def _walk(position, height, width, parts, RELEASED: tl.constexpr):
+    """The row and column, of the rolled map, at a position of the walk by a grid of ``parts`` x ``parts`` windows; not
+    ``RELEASED``, a window of the 2 x 2 grid is walked to its end before the next."""
+    h, w = height // parts, width // parts
+    window, inside = position // (h * w), position % (h * w)
+    down, right = window // parts, window % parts
+    if not RELEASED:  # of 4 x 4 windows, four after each other
+        down, right = window // 8 * 2 + window // 2 % 2, window // 4 % 2 * 2 + window % 2
+    return down * h + inside // w, right * w + inside % w
+
+
+@triton.jit
+def _position(row, column, height, width, parts, RELEASED: tl.constexpr):
+    """The inverse of ``_walk``."""
+    h, w = height // parts, width // parts
+    down, right = row // h, column // w
+    window = down * parts + right
+    if not RELEASED:
+        window = (down // 2 * 2 + right // 2) * 4 + down % 2 * 2 + right % 2
+    return window * (h * w) + row % h * w + column % w
+
+
+@triton.jit
+def _token(row, column, height, width, dy, dx):
+    """The token that a roll by ``dy`` and ``dx``, not negative, brought to a row and column."""
+    return (row + height - dy) % height * width + (column + width - dx) % width
+
+
+@triton.jit
+def _window(row, column, height, width):
+    """The number of its window of the 2 x 2 grid."""
+    return row // (height // 2) * 2 + column // (width // 2)
 
 
 @triton.jit
@@ -17,49 +52,63 @@ def _rows_of(x, image, row, there, column, in_d, L, STRIDE):
     return tl.load(at, mask=there[:, None] & in_d[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=['L', 'dim', 'stride'])
-def _reorder(x, selected, coarse, fine, coarse_window, fine_window, y, L, dim, stride, UNIT: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Row i of ``y`` is row ``coarse[i]`` of ``x``, but for the share of the selected window, plus that window's share
-    of row ``fine[i]``."""
+@triton.jit(do_not_specialize=['height', 'width', 'dy', 'dx', 'dim', 'stride'])
+def _reorder(x, selected, y, height, width, dy, dx, dim, stride, UNIT: tl.constexpr, RELEASED: tl.constexpr,
+             INVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A row of ``y`` is a row of ``x`` by the walk by windows, but for the share of the selected window, plus that
+    window's share of one by the walk by sub-windows."""
     D = dim * UNIT
     STRIDE = stride * UNIT
+    L = height * width
     tiles = tl.cdiv(L, ROWS)
     blocks = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
     image = (pid // blocks // tiles).to(tl.int64)
-    row = pid // blocks % tiles * ROWS + tl.arange(0, ROWS)
-    column = pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_l, in_d = row < L, column < D
-    outside = 1 - tl.load(selected + image * 4 + tl.load(coarse_window + row, mask=in_l, other=0)).to(tl.float32)
-    inside = tl.load(selected + image * 4 + tl.load(fine_window + row, mask=in_l, other=0)).to(tl.float32)
-    first = tl.load(coarse + row, mask=in_l, other=0)
-    second = tl.load(fine + row, mask=in_l, other=0)
-    value = outside[:, None] * _rows_of(x, image, first, in_l & (outside != 0), column, in_d, L, STRIDE)
-    value += inside[:, None] * _rows_of(x, image, second, in_l & (inside != 0), column, in_d, L, STRIDE)
-    tl.store(y + (image * L + row)[:, None] * D + column[None, :], value, mask=in_l[:, None] & in_d[None, :])
+    place = pid // blocks % tiles * ROWS + tl.arange(0, ROWS)
+    channel = pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_l, in_d = place < L, channel < D
+    if INVERSE:
+        row, column = (place // width + dy) % height, (place % width + dx) % width
+        coarse_window = _window(row, column, height, width)
+        fine_window = coarse_window
+        coarse = _position(row, column, height, width, 2, True)
+        fine = _position(row, column, height, width, 4, RELEASED)
+    else:
+        row, column = _walk(place, height, width, 2, True)
+        coarse_window = _window(row, column, height, width)
+        coarse = _token(row, column, height, width, dy, dx)
+        row, column = _walk(place, height, width, 4, RELEASED)
+        fine_window = _window(row, column, height, width)
+        fine = _token(row, column, height, width, dy, dx)
+    outside = 1 - tl.load(selected + image * 4 + coarse_window, mask=in_l, other=0.0).to(tl.float32)
+    inside = tl.load(selected + image * 4 + fine_window, mask=in_l, other=0.0).to(tl.float32)
+    value = outside[:, None] * _rows_of(x, image, coarse, in_l & (outside != 0), channel, in_d, L, STRIDE)
+    value += inside[:, None] * _rows_of(x, image, fine, in_l & (inside != 0), channel, in_d, L, STRIDE)
+    tl.store(y + (image * L + place)[:, None] * D + channel[None, :], value, mask=in_l[:, None] & in_d[None, :])
 
 
-@triton.jit(do_not_specialize=['L', 'dim', 'token_stride', 'sequence_stride'])
-def _gains(tokens, sequence, coarse, fine_position, gains, L, dim, token_stride, sequence_stride, UNIT: tl.constexpr,
-           ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=['height', 'width', 'dy', 'dx', 'dim', 'token_stride', 'sequence_stride'])
+def _gains(tokens, sequence, gains, height, width, dy, dx, dim, token_stride, sequence_stride, UNIT: tl.constexpr,
+           RELEASED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """What each token gains by the walk by sub-windows, (batch, L), tokens in the order of the walk by windows."""
     D = dim * UNIT
+    L = height * width
     tiles = tl.cdiv(L, ROWS)
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
-    row = pid % tiles * ROWS + tl.arange(0, ROWS)
-    in_l = row < L
-    token = tl.load(coarse + row, mask=in_l, other=0)
-    fine = tl.load(fine_position + token, mask=in_l, other=0)
+    coarse = pid % tiles * ROWS + tl.arange(0, ROWS)
+    in_l = coarse < L
+    row, column = _walk(coarse, height, width, 2, True)
+    token = _token(row, column, height, width, dy, dx)
+    fine = _position(row, column, height, width, 4, RELEASED)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        in_d = column < D
-        gain = _rows_of(sequence, image, fine, in_l, column, in_d, L, sequence_stride * UNIT)
-        gain -= _rows_of(sequence, image, row, in_l, column, in_d, L, sequence_stride * UNIT)
-        total += gain * _rows_of(tokens, image, token, in_l, column, in_d, L, token_stride * UNIT)
-    tl.store(gains + image * L + row, tl.sum(total, 1), mask=in_l)
+        channel = start + tl.arange(0, BLOCK_D)
+        in_d = channel < D
+        gain = _rows_of(sequence, image, fine, in_l, channel, in_d, L, sequence_stride * UNIT)
+        gain -= _rows_of(sequence, image, coarse, in_l, channel, in_d, L, sequence_stride * UNIT)
+        total += gain * _rows_of(tokens, image, token, in_l, channel, in_d, L, token_stride * UNIT)
+    tl.store(gains + image * L + coarse, tl.sum(total, 1), mask=in_l)
 
 
 def _tile(dim):
@@ -68,32 +117,41 @@ def _tile(dim):
     return _TILE // block, block
 
 
+def _map(height, width, shift):
+    """Arguments of the kernels: sides of the map, and how far it is rolled."""
+    return height, width, shift[0] % height, shift[1] % width
+
+
 def forward(x, selected, height, width, shift, token_order, inverse):
-    t = tables(height, width, tuple(shift), token_order, x.device)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel():
         batch, L, dim = x.shape
         x, stride = as_rows(x, 2)
         unit = unit_of(dim, stride)
         rows, block = _tile(dim)
-        walks = (t.coarse_position, t.fine_position, t.window, t.window) if inverse else \
-            (t.coarse, t.fine, t.window_of_coarse, t.window_of_fine)
-        launch(_reorder, (batch * cdiv(L, rows) * cdiv(dim, block), 1, 1), x, selected.contiguous(), *walks, y, L,
-               dim // unit, stride // unit, unit, rows, block, num_warps=_WARPS)
+        launch(_reorder, (batch * cdiv(L, rows) * cdiv(dim, block), 1, 1), x, _readable(selected), y,
+               *_map(height, width, shift), dim // unit, stride // unit, unit, token_order == 'released', inverse, rows,
+               block, num_warps=_WARPS)
     return y
 
 
 def backward(grad, x, selected, height, width, shift, token_order, inverse):
     """The two re-orderings are each other's adjoint in ``x`` and have their gradient in ``selected`` in common."""
-    t = tables(height, width, tuple(shift), token_order, x.device)
     grad_x = forward(grad, selected, height, width, shift, token_order, not inverse)
+    if not x.numel():
+        return grad_x, torch.zeros_like(selected)
     tokens, sequence = (grad, x) if inverse else (x, grad)
     batch, L, dim = x.shape
     gains = x.new_empty((batch, 4, L // 4), dtype=torch.float32)
-    if gains.numel() and dim:
-        (tokens, token_stride), (sequence, sequence_stride) = as_rows(tokens, 2), as_rows(sequence, 2)
-        unit = unit_of(dim, token_stride, sequence_stride)
-        rows, block = _tile(dim)
-        launch(_gains, (batch * cdiv(L, rows), 1, 1), tokens, sequence, t.coarse, t.fine_position, gains, L,
-               dim // unit, token_stride // unit, sequence_stride // unit, unit, rows, block, num_warps=_WARPS)
+    (tokens, token_stride), (sequence, sequence_stride) = as_rows(tokens, 2), as_rows(sequence, 2)
+    unit = unit_of(dim, token_stride, sequence_stride)
+    rows, block = _tile(dim)
+    launch(_gains, (batch * cdiv(L, rows), 1, 1), tokens, sequence, gains, *_map(height, width, shift), dim // unit,
+           token_stride // unit, sequence_stride // unit, unit, token_order == 'released', rows, block,
+           num_warps=_WARPS)
     return grad_x, gains.sum(2)
+
+
+def _readable(selected):
+    """In a precision that kernels read, without gaps."""
+    return selected.to(torch.float32 if selected.dtype == torch.float64 else selected.dtype).contiguous()

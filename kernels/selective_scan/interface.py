@@ -4,6 +4,8 @@ import torch
 from .._core.checks import check_same_device, check_shape
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=None):
     r"""Selective state-space scan with the low-rank step projection inside (Mamba, arXiv 2312.00752,
@@ -38,7 +40,7 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
     Raises:
         ValueError: a shape does not fit, tensors are on different devices, ``D`` or several directions
             without ``C``, or ``order``, on the CPU, is no permutation (on a GPU nobody checks).
-        TypeError: a tensor is not floating point, or ``order`` is not integer.
+        TypeError: a tensor is not floating point, or ``order`` is not of one of :data:`INTEGERS`.
         BackendError: a requested backend cannot run the call.
     """
     op = 'selective_scan'
@@ -75,8 +77,8 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
         dt_weight, dt_bias = dt_weight.unsqueeze(0), dt_bias.unsqueeze(0)
         D = None if D is None else D.unsqueeze(0)
     if order is not None:
-        if order.is_floating_point() or order.is_complex() or order.dtype == torch.bool:
-            raise TypeError(f'{op}: order has dtype {order.dtype}, expected integers')
+        if order.dtype not in INTEGERS:
+            raise TypeError(f"{op}: order has dtype {order.dtype}, expected one of {', '.join(map(str, INTEGERS))}")
         full = (batch, dt.shape[2], length)
         if order.dim() not in (1, 2, 3) or tuple(order.shape) != full[3 - order.dim():]:
             raise ValueError(f'{op}: order has shape {tuple(order.shape)}, expected (L,), (K, L) or '

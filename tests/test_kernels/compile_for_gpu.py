@@ -2,9 +2,10 @@
 
 Every launch of the cases' forward and backward passes, in bfloat16, or in float32 where a case is followed by
 ``:float32``, is compiled instead of run, and reported as a line of JSON: case, kernel, registers that spill (bytes),
-shared memory (bytes), the widest load from memory (bytes of a thread), and whether
-its parameters are what cuda_driver.py gives it. A number as case: the first of the cases
-with so many channels, all of them real and every row aligned, as in a network.
+shared memory (bytes), the widest load from memory (bytes of a thread), barriers, whether it waits for the kernel before
+or lets the next one start, and whether its parameters are what cuda_driver.py gives it. A number as case: the first of
+the cases with so many channels, all of them real and every row aligned, as in a network. ``CASE@dim=128,length=600``: a
+case with other sizes.
 """
 import dataclasses
 import functools
@@ -56,6 +57,8 @@ def report(kernel, grid, *args, case, **options):
     entry = re.search(r'\.entry [^(]*\(([^)]*)\)', ptx)[1]
     print(json.dumps(dict(case=case, kernel=kernel.__name__, spilled=spilled(ptx, options.get('maxnreg')),
                           shared=result.metadata.shared, widest=max(widths, default=0),
+                          barriers=len(re.findall(r'\bbar(?:rier)?\.(?:cta\.)?sync', ptx)),
+                          waits='griddepcontrol.wait' in ptx, lets='griddepcontrol.launch_dependents' in ptx,
                           parameters=re.findall(r'\.param \.(\w+)', entry) == expected)))
 
 
@@ -64,13 +67,18 @@ def main(op, *names):
     import_module(f'mmvssm.kernels.{op}.triton')
     backend = next(b for b in dispatch.BACKENDS if b.name == 'triton')
     import_module(f'mmvssm.kernels.{op}.ops').BACKENDS = (dataclasses.replace(backend, why_not=lambda tensor: None),)
-    modules = [m for name, m in sys.modules.items() if name.startswith('mmvssm.kernels.') and hasattr(m, 'launch')]
+    kernels = [m for name, m in sys.modules.items() if name.startswith('mmvssm.kernels.')]
+    modules = [m for m in kernels if hasattr(m, 'launch')]
+    for module in (m for m in kernels if hasattr(m, 'overlaps')):
+        module.overlaps = lambda tensor: True
     for name in names:
         for module in modules:
             module.launch = functools.partial(report, case=name)
         name, _, dtype = name.partition(':')
-        case = dataclasses.replace(next(iter(cases.CASES.values())), dim=int(name)) if name.isdigit() \
-            else cases.CASES[name]
+        name, _, sizes = name.partition('@')
+        case = next(iter(cases.CASES.values())) if name.isdigit() else cases.CASES[name]
+        sizes = dict(dim=name) if name.isdigit() else dict(size.split('=') for size in sizes.split(',') if size)
+        case = dataclasses.replace(case, **{key: int(value) for key, value in sizes.items()})
         tensors = cases.inputs(case, getattr(torch, dtype or 'bfloat16'))
         for tensor in tensors.values():
             if tensor is not None and tensor.is_floating_point():

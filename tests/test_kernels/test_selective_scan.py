@@ -123,6 +123,7 @@ BAD_INPUTS = {
     'dt_bias-device': (dict(dt_bias=lambda t: t.to('meta')), ValueError,
                        'one device, got x on cpu.*dt_bias on meta'),
     'order-dtype': (dict(order=lambda t: t.float()), TypeError, 'order has dtype torch.float32'),
+    'order-uint16': (dict(order=lambda t: t.to(torch.uint16)), TypeError, 'order has dtype torch.uint16'),
     'order-bool': (dict(order=lambda t: t.bool()), TypeError, 'order has dtype torch.bool'),
     'order-length': (dict(order=lambda t: t[:, 1:]), ValueError, r'order has shape \(2, 4\).*\(2, 2, 5\)'),
     'order-directions': (dict(order=lambda t: t[:1]), ValueError, r'order has shape \(1, 5\)'),

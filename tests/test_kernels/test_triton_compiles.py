@@ -11,8 +11,10 @@ from kernel_testing import ROOMS, backends, room
 
 #: Kernels that keep some values in memory for lack of registers, and at most how many bytes of them.
 SPILLS = {'_scan': 64, '_scan_backward': 400, '_forward': 64, '_norm_backward': 64, '_forward_kernel': 64}
-#: Kernels whose threads load what they need, and exchange nothing through shared memory, which takes barriers.
+#: Kernels whose threads load what they need and never meet.
 ALONE = {'_scan'}
+#: Cases cut as larger ones of a network are: segments, and blocks of 8 steps.
+CUT = {'selective_scan': ['length_65@dim=128,length=600', 'length_65@dim=128,length=70,batch=80']}
 #: Bytes of shared memory that a program has on GPUs of compute capability 8.6 and 8.9; others have more.
 SHARED = 99 << 10
 
@@ -23,14 +25,19 @@ def test_compiles_for_a_gpu(op):
     names = [name for name in room(op, 'cases').CASES
              if name.startswith(('tiny', 'rank_')) or name in ('no_bias', 'segments')]
     names += ['128', '128:float32'] + [f'{name}:float32' for name in names if name.startswith('rank_')]
+    names += CUT.get(op, [])
     done = subprocess.run([sys.executable, 'compile_for_gpu.py', op, *names], capture_output=True, text=True,
                           cwd=pathlib.Path(__file__).parent, env={**os.environ, 'TRITON_INTERPRET': '0'})
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel['case'] for kernel in kernels} == {*names}
-    for kernel in (kernel for kernel in kernels if kernel['case'] == '128'):
+    for kernel in (kernel for kernel in kernels if kernel['case'] in ('128', *CUT.get(op, []))):
         assert kernel['spilled'] <= SPILLS.get(kernel['kernel'], 0), kernel
-        assert kernel['kernel'] not in ALONE or kernel['shared'] == 0, kernel
+        assert kernel['kernel'] not in ALONE or kernel['barriers'] == 0, kernel
+    if op == 'selective_scan':  # the second of two passes over segments starts while the first one ends
+        passes = [(kernel['lets'], kernel['waits']) for kernel in kernels
+                  if kernel['kernel'] == '_scan' and kernel['case'] == CUT[op][0]]
+        assert passes == [(True, False), (False, True)]
     for kernel in kernels:
         assert kernel['shared'] <= SHARED, kernel
         assert kernel['parameters'], kernel

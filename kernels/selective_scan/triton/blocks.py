@@ -107,7 +107,13 @@ class Launch:
 @triton.jit
 def load_rate(A, LOG: tl.constexpr, mask):
     """``A`` in float32, or with ``LOG`` the number whose opposite's logarithm is there."""
-    rate = tl.load(A, mask=mask, other=0.0).to(tl.float32)
+    return rate_of(tl.load(A, mask=mask, other=0.0), LOG)
+
+
+@triton.jit
+def rate_of(rate, LOG: tl.constexpr):
+    """See ``load_rate``."""
+    rate = rate.to(tl.float32)
     if LOG:
         rate = -exp2(rate * LOG2_E)
     return rate

@@ -24,6 +24,7 @@ from .blocks import (
     prefetch,
     project,
     project_many,
+    rate_of,
     soft_step,
     state_before,
     store_fours,
@@ -111,7 +112,10 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
         start = first + (each - 1) * ahead if MAPS else first
         loaded = _load(x, dt, B + n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, X_ROW,
                        DT_ROW, B_ROW, STEPS, ORDER)
-        rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
+        if CHANNELS == 16:
+            rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
+        else:  # there is one state
+            rate = rate_of(load_fours(A + k * D + g * 0, ds, g >= 0, D, 0.0), LOG)
         h = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
         through = tl.full([GROUPS, WARPS, CHANNELS], 1.0, tl.float32)
         if SEGMENTED:
@@ -209,7 +213,7 @@ def _registers(run, half):
     if run.steps == 8:  # there are no segments
         return {'maxnreg': 216}
     if run.channels == 32:
-        return {'maxnreg': 160}
+        return {'maxnreg': 168}
     return {'maxnreg': 120} if run.segments > 1 and run.R <= 4 and run.tensors[-1] is None else {}
 
 

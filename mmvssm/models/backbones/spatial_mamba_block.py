@@ -412,7 +412,8 @@ def compile_kernels(stages, x):
     case = x.device, x.dtype, _precision(x), torch.is_grad_enabled(), stages.training
     if case not in done and len(stages[0].blocks) and parameters_of(stages[0].blocks[0], x, None, None):
         done.add(case)
-        launches = launches_of(stages, x, torch.is_grad_enabled())
+        with torch.cuda.device(x.device):
+            launches = launches_of(stages, x, torch.is_grad_enabled())
         print_log('SpatialMamba: the GPU kernels are compiled, or read from where Triton keeps them, before the first '
                   'pass', logger='current')
         compile_launches(launches, x.device)
