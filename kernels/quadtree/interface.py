@@ -70,7 +70,8 @@ def _check(op, what, batch, height, width, selected, shift, token_order):
         raise ValueError(f'{op}: {what}: a map of {height} x {width} tokens, expected multiples of 4; pad it')
     check_shape(op, 'selected', selected, (batch, 4), '(batch, 4)')
     try:
-        dy, dx = (index(s) for s in shift)  # tracers have tensors for integers
+        # Tracers have tensors for integers, the compiler symbols that shall remain such.
+        dy, dx = shift if torch.compiler.is_compiling() else map(index, shift)
     except (TypeError, ValueError):
         raise ValueError(f'{op}: shift is {shift}, expected two integers (dy, dx)') from None
     check_token_order(op, token_order)

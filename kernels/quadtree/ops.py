@@ -6,7 +6,7 @@ from .._core.precision import compute_dtype
 from .._core.vjp import no_second_derivative
 from .dispatch import BACKENDS
 
-_ARGS = ('Tensor x, Tensor selected, int height, int width, int[2] shift, str token_order, '
+_ARGS = ('Tensor x, Tensor selected, SymInt height, SymInt width, SymInt[2] shift, str token_order, '
          'bool inverse')
 
 lib = torch.library.Library('mmvssm', 'FRAGMENT')
