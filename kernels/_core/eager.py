@@ -6,7 +6,7 @@ is called directly, under an ``autograd.Function``.
 """
 import torch
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype)
 
 
 def is_plain(args):

@@ -6,7 +6,7 @@ from .._core.triton_support import why_not_triton
 from .reference import residual, residual_norm_reference
 
 
-def _torch_forward(x, branch, scale, weight, bias, eps):
+def _torch_forward(x, branch, scale, weight, bias, eps, dtype):
     return residual_norm_reference(x, weight, bias, branch, scale, eps)
 
 

@@ -1,9 +1,9 @@
 """The public residual LayerNorm: validates, documents, calls the operator."""
-from .._core.checks import check_same_device, check_shape
+from .._core.checks import FLOATS, check_same_device, check_shape
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 
-def residual_norm(x, weight, bias, branch=None, scale=None, eps=1e-5):
+def residual_norm(x, weight, bias, branch=None, scale=None, eps=1e-5, dtype=None):
     """What stands between two branches of a block, in one pass: the addition of the last branch and the LayerNorm,
     over the last dimension, before the next:
 
@@ -18,10 +18,11 @@ def residual_norm(x, weight, bias, branch=None, scale=None, eps=1e-5):
         branch (Tensor, optional): what to add to ``x``, same shape.
         scale (Tensor, optional): of ``branch`` by image, (batch,): stochastic depth. It gets no gradient.
         eps (float): of the LayerNorm. Default 1e-5.
+        dtype (torch.dtype, optional): of ``n``, floating point. Default that of ``x``.
 
     Returns:
-        (Tensor, Tensor): ``y``, which is ``x`` itself where there is no branch, and ``n``, contiguous; of the shape and
-        dtype of ``x``.
+        (Tensor, Tensor): ``y``, which is ``x`` itself where there is no branch, and ``n``, contiguous; of the shape of
+        ``x``, and ``y`` of its dtype.
 
     Raises:
         ValueError: a shape does not fit, ``scale`` comes without ``branch``, or tensors are on different devices.
@@ -40,5 +41,7 @@ def residual_norm(x, weight, bias, branch=None, scale=None, eps=1e-5):
         if branch is None:
             raise ValueError(f'{op}: scale is given without the branch that it scales')
         check_shape(op, 'scale', scale, x.shape[:1], '(batch,)')
-    y, n = ops.residual_norm(x, branch, scale, weight, bias, eps)
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"{op}: dtype is {dtype}, expected one of {', '.join(map(str, FLOATS))}")
+    y, n = ops.residual_norm(x, branch, scale, weight, bias, eps, dtype)
     return x if branch is None else y, n

@@ -11,7 +11,7 @@ _ARGS = 'Tensor x, Tensor? branch, Tensor? scale, Tensor weight, Tensor bias, fl
 
 lib = torch.library.Library('mmvssm', 'FRAGMENT')
 # The sum is left empty where there is no branch.
-lib.define(f'residual_norm({_ARGS}) -> (Tensor, Tensor)')
+lib.define(f'residual_norm({_ARGS}, ScalarType? dtype) -> (Tensor, Tensor)')
 # Gradients of x, branch and the two parameters. That of the branch is left empty where it is that of x.
 lib.define(f'residual_norm_backward(Tensor grad_y, Tensor grad_n, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)')
 
@@ -22,9 +22,10 @@ def _shared(x, branch, scale):
 
 
 def _forward(x, branch, *args):
+    *args, dtype = args
     backend = choose('residual_norm', BACKENDS, x)
-    y, n = backend.run('forward', (x, branch, *args), compute_dtype(x))
-    return x.new_empty(0) if branch is None else y.to(x.dtype).contiguous(), n.to(x.dtype).contiguous()
+    y, n = backend.run('forward', (x, branch, *args, dtype or x.dtype), compute_dtype(x))
+    return x.new_empty(0) if branch is None else y.to(x.dtype).contiguous(), n.to(dtype or x.dtype).contiguous()
 
 
 def _differentiated(x, branch, scale, weight, bias, eps):
@@ -41,7 +42,7 @@ def _backward(grad_y, grad_n, x, *args):
 
 
 def _fake(x, branch, *args):
-    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape, dtype=args[-1] or x.dtype)
 
 
 def _fake_backward(grad_y, grad_n, x, *args):
@@ -49,7 +50,7 @@ def _fake_backward(grad_y, grad_n, x, *args):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -60,7 +61,7 @@ def _autograd(ctx, grad_y, grad_n):
         grad_branch = None
     elif _shared(x, branch, scale):
         grad_branch = grad_x
-    return grad_x, grad_branch, None, *grad_norm, None
+    return grad_x, grad_branch, None, *grad_norm, None, None
 
 
 lib.impl('residual_norm', _forward, 'CompositeExplicitAutograd')

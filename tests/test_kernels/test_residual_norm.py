@@ -94,6 +94,23 @@ def test_branch_in_another_precision(backend, scaled):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('name', ['tiny', 'tiny-no_branch'])
+def test_norm_in_another_precision(backend, name):
+    """It is rounded once; gradients are those of the rounded cotangent."""
+    tensors = Call(OP, name, backend).inputs(torch.float32)
+    narrow, wide = leaves(tensors), leaves(tensors)
+    with use_backend(backend):
+        y, n = residual_norm(**narrow, dtype=torch.bfloat16)
+        exact = residual_norm(**wide)
+        n.backward(cotangent_like(n, name))
+        exact[1].backward(cotangent_like(n, name).float())
+    assert (y.dtype, n.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(n, exact[1].bfloat16())
+    assert torch.equal(y, exact[0])
+    assert all(t is None or torch.equal(t.grad, wide[key].grad) for key, t in narrow.items())
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_scale_gets_no_gradient(backend):
     tensors = Call(OP, 'tiny', backend).inputs(torch.float32)
     scale = torch.ones(2, requires_grad=True)
@@ -114,6 +131,7 @@ BAD_INPUTS = {
     'bias-shape': (dict(bias=lambda t: t[1:]), ValueError, r'bias has shape \(3,\)'),
     'scale-shape': (dict(scale=lambda t: t[:1]), ValueError,
                     r'scale has shape \(1,\), expected \(batch,\) = \(2,\)'),
+    'dtype': (dict(dtype=lambda t: torch.int32), TypeError, 'dtype is torch.int32, expected one of'),
     'scale-alone': (dict(branch=lambda t: None), ValueError, 'scale is given without the branch'),
 }
 
@@ -121,7 +139,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize('changes, error, message', BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_bad_input(changes, error, message):
     tensors = dict(**inputs('tiny'), scale=torch.ones(2))
-    tensors.update({name: change(tensors[name]) for name, change in changes.items()})
+    tensors.update({name: change(tensors.get(name)) for name, change in changes.items()})
     with pytest.raises(error, match='^residual_norm: .*' + message):
         residual_norm(**tensors)
 

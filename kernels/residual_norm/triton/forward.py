@@ -49,9 +49,10 @@ def _plan(rows, dim):
     return cdiv(rows, block_r), block_r, block_d, warps
 
 
-def forward(x, branch, scale, weight, bias, eps):
-    n = torch.empty_like(x, memory_format=torch.contiguous_format)
-    y = None if branch is None else torch.empty_like(n)
+def forward(x, branch, scale, weight, bias, eps, dtype):
+    """The sum, None where there is no branch, and its norm in ``dtype``."""
+    n = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    y = None if branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if n.numel():
         dim = x.shape[-1]
         rows = n.numel() // dim

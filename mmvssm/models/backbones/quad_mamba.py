@@ -38,21 +38,28 @@ SHIFT_SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm over the last dimension, in the precision of its input, also under autocast."""
+    """LayerNorm over the last dimension before a linear layer: under autocast, in the precision of that."""
 
     def forward(self, x):
-        return residual_norm(x, self.weight, self.bias, eps=self.eps)[1]
+        return self.after(x, None, None)[1]
 
     def after(self, x, branch, scale):
         """``x + scale * branch`` and its norm."""
-        return residual_norm(x, self.weight, self.bias, branch, scale, self.eps)
+        kind = x.device.type
+        dtype = None
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        return residual_norm(x, self.weight, self.bias, branch, scale, self.eps, dtype)
 
 
-class ChannelNorm(Norm):
-    """The same over the channels of maps (B, C, H, W)."""
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of maps (B, C, H, W); under autocast in float32, as PyTorch's: residuals begin here.
+    """
 
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        dtype = torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else None
+        normed = residual_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, eps=self.eps, dtype=dtype)[1]
+        return normed.permute(0, 3, 1, 2)
 
 
 class Numbered(nn.Sequential):
