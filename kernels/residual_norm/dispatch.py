@@ -2,6 +2,7 @@
 import torch
 
 from .._core.backends import Backend
+from .._core.extension import why_not_cpu
 from .._core.triton_support import why_not_triton
 from .reference import residual, residual_norm_reference
 
@@ -23,10 +24,6 @@ def _torch_backward(grad_y, grad_n, x, branch, scale, weight, bias, eps, *, bran
     return grad_x, grad_branch, *grads
 
 
-def _why_not_cpu(tensor):
-    return None if tensor.device.type == 'cpu' else f'it runs CPU tensors, this one is on {tensor.device}'
-
-
 def _triton_forward(*args):
     from .triton import forward
     return forward(*args)
@@ -39,6 +36,6 @@ def _triton_backward(*args, branch_too):
 
 BACKENDS = (
     Backend('triton', why_not_triton, _triton_forward, _triton_backward, casts=True),
-    Backend('cpu', _why_not_cpu, _torch_forward, _torch_backward),  # PyTorch's own are as fast as memory
+    Backend('cpu', why_not_cpu, _torch_forward, _torch_backward),  # PyTorch's own are as fast as memory
     Backend('torch', lambda tensor: None, _torch_forward, _torch_backward),
 )
