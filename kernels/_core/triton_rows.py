@@ -1,8 +1,12 @@
-"""What forward and backward share: rows of channels in registers, and their moments."""
+"""What kernels with a LayerNorm share: rows of channels in registers, their moments, how rows are cut."""
+import functools
+
 import triton
 import triton.language as tl
 
-from .triton_support import as_rows
+from .triton_support import as_rows, cdiv, next_power_of_2
+
+_WARPS = 132 * 16  # as many as an H100 holds at a time
 
 
 def rows_of(tensor):
@@ -33,3 +37,33 @@ def normalise(x, channel, EPS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.cons
         x = tl.where((channel < DIM)[None, :], x, 0.0)
     scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / DIM + EPS)
     return x * scale, scale
+
+
+@triton.jit
+def through_norm(grad, normal, inverse, weight, DIM: tl.constexpr):
+    """What ``grad``, the gradient of a LayerNorm's output, is for its input; ``normal`` and ``inverse`` are what
+    ``normalise`` gave."""
+    grad *= weight
+    mean = tl.sum(grad, 1, keep_dims=True) / DIM
+    along = tl.sum(grad * normal, 1, keep_dims=True) / DIM
+    return inverse * (grad - mean - normal * along)
+
+
+@functools.lru_cache
+def plan(rows, dim):
+    """Of a pass over rows: programs, rows and channels of a program, its warps."""
+    block_d = next_power_of_2(dim)
+    # A row within a warp needs no barrier. 16 numbers a thread; 32 rather than a second warp.
+    warps = 4 if block_d <= 256 else 1 if block_d <= 1024 else min(block_d // 512, 16)
+    block_r = max(1, 512 * warps // block_d)
+    return cdiv(rows, block_r), block_r, block_d, warps
+
+
+@functools.lru_cache
+def plan_sums(rows, dim, unroll):
+    """Of a pass whose programs take ``unroll`` tiles at a time and add up over rows: programs, rows and channels of a
+    tile, warps."""
+    block_d = next_power_of_2(dim)
+    warps = min(max(4, block_d // 256), 16)  # 8 numbers a thread
+    block_r = max(1, 256 * warps // block_d)
+    return min(cdiv(rows, block_r * unroll), _WARPS // warps), block_r, block_d, warps

@@ -1,17 +1,14 @@
 """Its gradients: the moments are recomputed, the sums over rows stay in registers until a program's last row; a
 second kernel adds up those of all programs."""
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from ..._core.partial_sums import add_up
 from ..._core.triton_math import sigmoid
-from ..._core.triton_rows import load, load_parameters, normalise, rows_of
-from ..._core.triton_support import cdiv, launch, next_power_of_2, unit_of
+from ..._core.triton_rows import load, load_parameters, normalise, plan_sums, rows_of, through_norm
+from ..._core.triton_support import cdiv, launch, unit_of
 
-_WARPS = 132 * 16  # as many as an H100 holds at a time
 _UNROLL = 2
 
 
@@ -46,24 +43,12 @@ def _kernel(grad, x, z, weight, bias, grad_x, grad_z, partials, rows, EPS: tl.co
             upstream *= gate * open_  # at the LayerNorm's output
             weight_sum += upstream * normal
             bias_sum += upstream
-            upstream *= scale
-            mean = tl.sum(upstream, 1, keep_dims=True) / DIM
-            along = tl.sum(upstream * normal, 1, keep_dims=True) / DIM
-            at_x = inverse * (upstream - mean - normal * along)
+            at_x = through_norm(upstream, normal, inverse, scale, DIM)
             tl.store(grad_x + row.to(tl.int64)[:, None] * DIM + channel[None, :], at_x.to(grad_x.dtype.element_ty),
                      mask=mask)
     partials += tl.program_id(0) * (2 * DIM) + channel
     tl.store(partials, tl.sum(weight_sum, 0), mask=channel < DIM)
     tl.store(partials + DIM, tl.sum(bias_sum, 0), mask=channel < DIM)
-
-
-@functools.lru_cache
-def _plan(rows, dim):
-    """Programs, rows and channels of a tile, warps."""
-    block_d = next_power_of_2(dim)
-    warps = min(max(4, block_d // 256), 16)  # 8 numbers a thread
-    block_r = max(1, 256 * warps // block_d)
-    return min(cdiv(rows, block_r * _UNROLL), _WARPS // warps), block_r, block_d, warps
 
 
 def backward(grad, x, z, weight, bias, eps, grad_z=None):
@@ -78,7 +63,7 @@ def backward(grad, x, z, weight, bias, eps, grad_z=None):
     (grad, grad_stride), (x, x_stride), (z, z_stride) = rows_of(grad), rows_of(x), rows_of(z)
     weight, bias = weight.contiguous(), bias.contiguous()
     grad_z_stride = grad_z.stride(-2) if grad_z.dim() > 1 else dim
-    programs, block_r, block_d, warps = _plan(rows, dim)
+    programs, block_r, block_d, warps = plan_sums(rows, dim, _UNROLL)
     partials = x.new_empty(programs * 2 * dim, dtype=torch.float32)
     launch(_kernel, (programs, 1, 1), grad, x, z, weight, bias, grad_x, grad_z, partials, rows, eps, dim, grad_stride,
            x_stride, z_stride, grad_z_stride, block_r, block_d, _UNROLL, num_warps=warps)

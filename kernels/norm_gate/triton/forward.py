@@ -1,13 +1,11 @@
 """The gated LayerNorm: each row is read once and stays in registers."""
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from ..._core.triton_math import sigmoid
-from ..._core.triton_rows import load, load_parameters, normalise, rows_of
-from ..._core.triton_support import cdiv, launch, next_power_of_2
+from ..._core.triton_rows import load, load_parameters, normalise, plan, rows_of
+from ..._core.triton_support import launch
 
 
 @triton.jit(do_not_specialize=['rows'])
@@ -24,23 +22,13 @@ def _kernel(x, z, weight, bias, y, rows, EPS: tl.constexpr, DIM: tl.constexpr, X
     tl.store(y + row.to(tl.int64)[:, None] * DIM + channel[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
-@functools.lru_cache
-def _plan(rows, dim):
-    """Programs, rows and channels of a program, its warps."""
-    block_d = next_power_of_2(dim)
-    # A row within a warp needs no barrier. 16 numbers a thread; 32 rather than a second warp.
-    warps = 4 if block_d <= 256 else 1 if block_d <= 1024 else min(block_d // 512, 16)
-    block_r = max(1, 512 * warps // block_d)
-    return cdiv(rows, block_r), block_r, block_d, warps
-
-
 def forward(x, z, weight, bias, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel():
         dim = x.shape[-1]
         rows = y.numel() // dim
         (x, x_stride), (z, z_stride) = rows_of(x), rows_of(z)
-        programs, block_r, block_d, warps = _plan(rows, dim)
+        programs, block_r, block_d, warps = plan(rows, dim)
         launch(_kernel, (programs, 1, 1), x, z, weight.contiguous(), bias.contiguous(), y, rows, eps,
                dim, x_stride, z_stride, block_r, block_d, num_warps=warps)
     return y

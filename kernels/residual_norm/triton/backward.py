@@ -1,17 +1,14 @@
 """Its gradients: the moments are recomputed, the sums over rows stay in registers until a program's last row; a
 second kernel adds up those of all programs."""
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from ..._core.partial_sums import add_up
-from ..._core.triton_rows import load, load_parameters, normalise, rows_of
-from ..._core.triton_support import cdiv, launch, next_power_of_2, unit_of
+from ..._core.triton_rows import load, load_parameters, normalise, plan_sums, rows_of, through_norm
+from ..._core.triton_support import cdiv, launch, unit_of
 from .forward import add_branch
 
-_WARPS = 132 * 16  # as many as an H100 holds at a time
 _UNROLL = 2
 
 
@@ -46,10 +43,7 @@ def _kernel(grad_y, grad_n, x, branch, scale, weight, grad_x, grad_branch, parti
             upstream = loaded[u][1].to(tl.float32)
             weight_sum += upstream * normal
             bias_sum += upstream
-            upstream *= weights
-            mean = tl.sum(upstream, 1, keep_dims=True) / DIM
-            along = tl.sum(upstream * normal, 1, keep_dims=True) / DIM
-            value = inverse * (upstream - mean - normal * along)
+            value = through_norm(upstream, normal, inverse, weights, DIM)
             if branch is not None:
                 value += loaded[u][3].to(tl.float32)
             at = row.to(tl.int64)[:, None] * DIM + channel[None, :]
@@ -61,15 +55,6 @@ def _kernel(grad_y, grad_n, x, branch, scale, weight, grad_x, grad_branch, parti
     partials += tl.program_id(0) * (2 * DIM) + channel
     tl.store(partials, tl.sum(weight_sum, 0), mask=channel < DIM)
     tl.store(partials + DIM, tl.sum(bias_sum, 0), mask=channel < DIM)
-
-
-@functools.lru_cache
-def _plan(rows, dim):
-    """Programs, rows and channels of a tile, warps."""
-    block_d = next_power_of_2(dim)
-    warps = min(max(4, block_d // 256), 16)  # 8 numbers a thread
-    block_r = max(1, 256 * warps // block_d)
-    return min(cdiv(rows, block_r * _UNROLL), _WARPS // warps), block_r, block_d, warps
 
 
 def backward(grad_y, grad_n, x, branch, scale, weight, bias, eps, branch_too):
@@ -86,7 +71,7 @@ def backward(grad_y, grad_n, x, branch, scale, weight, bias, eps, branch_too):
     branch_stride = grad_y_stride = dim
     if branch is not None:
         (branch, branch_stride), (grad_y, grad_y_stride) = rows_of(branch), rows_of(grad_y)
-    programs, block_r, block_d, warps = _plan(rows, dim)
+    programs, block_r, block_d, warps = plan_sums(rows, dim, _UNROLL)
     partials = x.new_empty(programs * 2 * dim, dtype=torch.float32)
     launch(_kernel, (programs, 1, 1), None if branch is None else grad_y, grad_n, x, branch,
            None if scale is None else scale.contiguous(), weight.contiguous(), grad_x, grad_branch, partials, rows,

@@ -1,12 +1,10 @@
 """The residual LayerNorm: each row is read once and stays in registers."""
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_rows import load, load_parameters, normalise, rows_of
-from ..._core.triton_support import cdiv, launch, next_power_of_2
+from ..._core.triton_rows import load, load_parameters, normalise, plan, rows_of
+from ..._core.triton_support import launch
 
 
 @triton.jit
@@ -39,16 +37,6 @@ def _kernel(x, branch, scale, weight, bias, y, n, rows, each, EPS: tl.constexpr,
     tl.store(n + at, normal * weights + biases, mask=mask)
 
 
-@functools.lru_cache
-def _plan(rows, dim):
-    """Programs, rows and channels of a program, its warps."""
-    block_d = next_power_of_2(dim)
-    # A row within a warp needs no barrier. 16 numbers a thread; 32 rather than a second warp.
-    warps = 4 if block_d <= 256 else 1 if block_d <= 1024 else min(block_d // 512, 16)
-    block_r = max(1, 512 * warps // block_d)
-    return cdiv(rows, block_r), block_r, block_d, warps
-
-
 def forward(x, branch, scale, weight, bias, eps, dtype):
     """The sum, None where there is no branch, and its norm in ``dtype``."""
     n = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -59,7 +47,7 @@ def forward(x, branch, scale, weight, bias, eps, dtype):
         each = rows // x.shape[0]
         x, x_stride = rows_of(x)
         branch, branch_stride = (None, dim) if branch is None else rows_of(branch)
-        programs, block_r, block_d, warps = _plan(rows, dim)
+        programs, block_r, block_d, warps = plan(rows, dim)
         launch(_kernel, (programs, 1, 1), x, branch, None if scale is None else scale.contiguous(), weight.contiguous(),
                bias.contiguous(), y, n, rows, each, eps, dim, x_stride, branch_stride, block_r, block_d,
                num_warps=warps)
