@@ -27,7 +27,7 @@ def _driver():
     driver = ctypes.CDLL('libcuda.so.1')
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
     for name, arguments in dict(
-            cuCtxGetCurrent=[pointer], cuCtxSetCurrent=[pointer], cuDevicePrimaryCtxRetain=[pointer, number],
+            cuDriverGetVersion=[pointer], cuCtxGetCurrent=[pointer], cuCtxSetCurrent=[pointer], cuDevicePrimaryCtxRetain=[pointer, number],
             cuModuleLoadData=[pointer, ctypes.c_char_p], cuModuleGetFunction=[pointer, pointer, ctypes.c_char_p],
             cuFuncSetAttribute=[pointer, number, number], cuGetErrorString=[number, pointer],
             cuLaunchKernel=[pointer, *[size] * 7, pointer, pointer, pointer]).items():
@@ -46,6 +46,16 @@ def why_not_driver():
     except (OSError, AttributeError) as error:
         return str(error)
     return None
+
+
+def driver_version():
+    """The newest CUDA that the driver can run, 12030 for 12.3; 0 without a driver."""
+    version = ctypes.c_int()
+    try:
+        _driver().cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def _check(result, what):

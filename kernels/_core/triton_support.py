@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .backends import requested_backend
-from .cuda_driver import Starter, compile_kernel, types_of, why_not_driver
+from .cuda_driver import Starter, compile_kernel, driver_version, types_of, why_not_driver
 
 #: Kernels run as Python on CPU tensors, slowly, to test them without a GPU. Triton reads it when imported.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -86,7 +86,7 @@ _OLDEST_THAT_OVERLAPS, _OLDEST_DRIVER_THAT_CAPTURES_IT = (9, 0), 12030
 @functools.cache
 def _overlaps(index):
     return (torch.cuda.get_device_capability(index) >= _OLDEST_THAT_OVERLAPS
-            and torch._C._cuda_getDriverVersion() >= _OLDEST_DRIVER_THAT_CAPTURES_IT)
+            and driver_version() >= _OLDEST_DRIVER_THAT_CAPTURES_IT)
 
 
 def overlaps(tensor):
@@ -171,7 +171,7 @@ def _starter(compiled):
 def launch(kernel, grid, *args, **options):
     """``kernel[grid](*args, **options)`` in a fraction of the processor time: a kernel compiled before is looked up
     by the constants, and by precision and alignment of the tensors, and started with bare addresses. A kernel must
-    list its runtime integers in ``do_not_specialize``. ``grid`` has three numbers, ``args`` are all arguments in their
+    list its runtime integers in ``do_not_specialize``, and its first tensor must be there. ``grid`` has three numbers, ``args`` are all arguments in their
     order."""
     if _local.collected is not None:
         _local.collected.append((kernel, grid, args, options))

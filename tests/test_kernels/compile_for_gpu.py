@@ -3,9 +3,9 @@
 Every launch of the cases' forward and backward passes, in bfloat16, or in float32 where a case is followed by
 ``:float32``, is compiled instead of run, and reported as a line of JSON: case, kernel, registers that spill (bytes),
 shared memory (bytes), the widest load from memory (bytes of a thread), barriers, whether it waits for the kernel before
-or lets the next one start, and whether its parameters are what cuda_driver.py gives it. A number as case: the first of
-the cases with so many channels, all of them real and every row aligned, as in a network. ``CASE@dim=128,length=600``: a
-case with other sizes.
+or lets the next one start, whether it has its first tensor, by which ``launch`` finds the device, and whether its
+parameters are what cuda_driver.py gives it. A number as case: the first of the cases with so many channels, all of them
+real and every row aligned, as in a network. ``CASE@dim=128,length=600``: a case with other sizes.
 """
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def report(kernel, grid, *args, case, **options):
     print(json.dumps(dict(case=case, kernel=kernel.__name__, spilled=spilled(ptx, options.get('maxnreg')),
                           shared=result.metadata.shared, widest=max(widths, default=0),
                           barriers=len(re.findall(r'\bbar(?:rier)?\.(?:cta\.)?sync', ptx)),
-                          waits='griddepcontrol.wait' in ptx, lets='griddepcontrol.launch_dependents' in ptx,
+                          waits='griddepcontrol.wait' in ptx, lets='griddepcontrol.launch_dependents' in ptx, first=args[0] is not None,
                           parameters=re.findall(r'\.param \.(\w+)', entry) == expected)))
 
 

@@ -20,8 +20,8 @@ MODULE, FUNCTION = 0x7700000000, 0x7f00000001
 class Driver:
     """The functions of libcuda, for one module with one kernel."""
 
-    def __init__(self, fails=None, context=1):
-        self.calls, self.fails, self.context, self.arguments = [], fails, context, []
+    def __init__(self, fails=None, context=1, version=13000):
+        self.calls, self.fails, self.context, self.arguments, self.version = [], fails, context, [], version
 
     def __getattr__(self, name):
         if not name.startswith('cu'):
@@ -37,6 +37,10 @@ class Driver:
 
     def _CtxGetCurrent(self, context):
         context._obj.value = self.context
+        return 0
+
+    def _DriverGetVersion(self, version):
+        version._obj.value = self.version
         return 0
 
     def _ModuleLoadData(self, module, code):
@@ -147,3 +151,19 @@ def test_same_on_a_gpu(monkeypatch):
     monkeypatch.setattr(triton_support, '_compiled', {})
     for _ in range(2):
         assert torch.equal(norm_gate(x, z, weight, bias), usual)
+
+
+@pytest.mark.parametrize('capability, version, can', [((9, 0), 12030, True), ((10, 0), 13000, True),
+                                                      ((8, 9), 13000, False), ((9, 0), 12020, False)])
+def test_kernels_overlap_where_gpu_and_driver_can(capability, version, can, monkeypatch):
+    monkeypatch.setattr(cuda_driver, '_driver', lambda: Driver(version=version))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
+    assert triton_support._overlaps.__wrapped__(0) is can
+
+
+def test_no_driver_is_of_version_0(monkeypatch):
+    def missing():
+        raise OSError('libcuda.so.1: cannot open shared object file')
+
+    monkeypatch.setattr(cuda_driver, '_driver', missing)
+    assert cuda_driver.driver_version() == 0

@@ -13,7 +13,7 @@ _UNROLL = 2
 
 
 @triton.jit(do_not_specialize=['rows', 'each'])
-def _kernel(grad_y, grad_n, x, branch, scale, weight, grad_x, grad_branch, partials, rows, each, EPS: tl.constexpr,
+def _kernel(x, branch, scale, weight, grad_y, grad_n, grad_x, grad_branch, partials, rows, each, EPS: tl.constexpr,
             DIM: tl.constexpr, GRAD_Y_STRIDE: tl.constexpr, GRAD_N_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
             BRANCH_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
     """A program's sums for the weight and the bias go to its row of ``partials``, (programs, 2 * DIM)."""
@@ -73,10 +73,9 @@ def backward(grad_y, grad_n, x, branch, scale, weight, bias, eps, branch_too):
         (branch, branch_stride), (grad_y, grad_y_stride) = rows_of(branch), rows_of(grad_y)
     programs, block_r, block_d, warps = plan_sums(rows, dim, _UNROLL)
     partials = x.new_empty(programs * 2 * dim, dtype=torch.float32)
-    launch(_kernel, (programs, 1, 1), None if branch is None else grad_y, grad_n, x, branch,
-           None if scale is None else scale.contiguous(), weight.contiguous(), grad_x, grad_branch, partials, rows,
-           each, eps, dim, grad_y_stride, grad_n_stride, x_stride, branch_stride, block_r, block_d, _UNROLL,
-           num_warps=warps)
+    launch(_kernel, (programs, 1, 1), x, branch, None if scale is None else scale.contiguous(), weight.contiguous(),
+           None if branch is None else grad_y, grad_n, grad_x, grad_branch, partials, rows, each, eps, dim,
+           grad_y_stride, grad_n_stride, x_stride, branch_stride, block_r, block_d, _UNROLL, num_warps=warps)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     unit = unit_of(dim)
     launch(add_up, (cdiv(2 * dim, 16), 1, 1), partials, grad_weight, grad_bias, programs, dim // unit, 1, unit, 256, 16,
