@@ -72,7 +72,9 @@ ARCHS = {
     'spatialmamba-b': (SpatialMamba, 'base'), 'quadmamba-li': (QuadMamba, 'lite'),
     'quadmamba-t': (QuadMamba, 'tiny'), 'quadmamba-s': (QuadMamba, 'small'), 'quadmamba-b': (QuadMamba, 'base')}
 
-#: Figures of the authors' releases, measured as here.
+#: At the end of an operator's name where the level-2 cache was not emptied.
+WARM = ', warm cache'
+#: Figures of the authors' releases, measured as here, with a warm cache.
 RELEASE = json.loads((ROOT / 'tools' / 'benchmarks' / 'results' / 'release.json').read_text())
 #: What we want on one H100 in bf16, ms of operators, backbones and dense steps, img/s of classifiers, and
 #: peak memory.
@@ -121,8 +123,9 @@ class Meter:
         self.synchronize()
         return time.perf_counter() - start
 
-    def times(self, function, alone=False, seconds=None):
-        """Milliseconds of calls after each other; ``alone``: each with a cold cache, the CPU's time left out."""
+    def times(self, function, alone=False, cold=False, seconds=None):
+        """Milliseconds of calls after each other; ``alone``: the CPU's time left out; ``cold``: the level-2 cache
+        emptied before each."""
         for _ in range(3):
             function()
         lasts = self.clock(function)
@@ -130,11 +133,12 @@ class Meter:
         if not self.cuda:
             return [1e3 * self.clock(function) for _ in range(repeats)]
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        cache = torch.empty(self.CACHE_BYTES if alone else 0, dtype=torch.int8, device=self.device)
+        cache = torch.empty(self.CACHE_BYTES if cold else 0, dtype=torch.int8, device=self.device)
         head_start = int(self.HEAD_START * max(1e-6 * self.host_us(function), 2e-4)) if alone else 0
         for start, stop in events:
-            if alone:
+            if cold:
                 cache.zero_()
+            if alone:
                 torch.cuda._sleep(head_start)
             start.record()
             function()
@@ -243,11 +247,12 @@ class Report:
 
     def add(self, case, dtype, **row):
         row = dict(case=case, dtype=dtype, **{key: value for key, value in row.items() if value is not None})
+        known = case.removesuffix(WARM)
         for key, figures in dict(release=RELEASE['by_dtype'], release_gib=RELEASE['peak_gib']).items():
-            if case in figures.get(dtype, ()):
-                row[key] = figures[dtype][case]
-        if dtype == 'bf16' and case in TARGETS:
-            row['target'] = TARGETS[case]
+            if known in figures.get(dtype, ()):
+                row[key] = figures[dtype][known]
+        if dtype == 'bf16' and known in TARGETS:
+            row['target'] = TARGETS[known]
         self.run['rows'].append(row)
         print(f'[{time.perf_counter() - self.started:5.0f} s] '
               + '  '.join(filter(None, self.cells(row))), flush=True)
@@ -415,12 +420,13 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
     for step, (function, moved) in steps.items():
         with use_backend(args.backend):
             peak = meter.peak_gib(function)
-            ms = quantiles(meter.times(function, alone=not args.warm))
+            ms = quantiles(meter.times(function, alone=True, cold=not args.warm))
             host = meter.host_us(function)
         rate = moved / ms[1] / 1e6
-        torch_ms, note = composed_ms(function, meter, alone=not args.warm) if compose and backend != 'torch' \
-            else (None, None)
-        report.add(f'{name} {step}', dtype_name, backend=backend, ms=ms, rate=rate, unit='GB/s',
+        torch_ms, note = None, None
+        if compose and backend != 'torch':
+            torch_ms, note = composed_ms(function, meter, alone=True, cold=not args.warm)
+        report.add(f"{name} {step}{WARM if args.warm else ''}", dtype_name, backend=backend, ms=ms, rate=rate, unit='GB/s',
                    copy_share=rate / copy_rate, peak_gib=peak, host_us=round(host, 1), torch_ms=torch_ms,
                    errors=errors, note=note)
         medians.append(ms[1])
