@@ -27,7 +27,8 @@ def _driver():
     driver = ctypes.CDLL('libcuda.so.1')
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
     for name, arguments in dict(
-            cuDriverGetVersion=[pointer], cuCtxGetCurrent=[pointer], cuCtxSetCurrent=[pointer], cuDevicePrimaryCtxRetain=[pointer, number],
+            cuDriverGetVersion=[pointer],
+            cuCtxGetCurrent=[pointer], cuCtxSetCurrent=[pointer], cuDevicePrimaryCtxRetain=[pointer, number],
             cuModuleLoadData=[pointer, ctypes.c_char_p], cuModuleGetFunction=[pointer, pointer, ctypes.c_char_p],
             cuFuncSetAttribute=[pointer, number, number], cuGetErrorString=[number, pointer],
             cuLaunchKernel=[pointer, *[size] * 7, pointer, pointer, pointer]).items():

@@ -58,7 +58,8 @@ def report(kernel, grid, *args, case, **options):
     print(json.dumps(dict(case=case, kernel=kernel.__name__, spilled=spilled(ptx, options.get('maxnreg')),
                           shared=result.metadata.shared, widest=max(widths, default=0),
                           barriers=len(re.findall(r'\bbar(?:rier)?\.(?:cta\.)?sync', ptx)),
-                          waits='griddepcontrol.wait' in ptx, lets='griddepcontrol.launch_dependents' in ptx, first=args[0] is not None,
+                          waits='griddepcontrol.wait' in ptx, lets='griddepcontrol.launch_dependents' in ptx,
+                          first=args[0] is not None,
                           parameters=re.findall(r'\.param \.(\w+)', entry) == expected)))
 
 

@@ -40,5 +40,6 @@ def test_compiles_for_a_gpu(op):
         assert passes == [(True, False), (False, True)]
     for kernel in kernels:
         assert kernel['shared'] <= SHARED, kernel
-        assert kernel['parameters'] and kernel['first'], kernel
+        assert kernel['parameters'], kernel
+        assert kernel['first'], kernel
     assert max(kernel['widest'] for kernel in kernels) >= 8  # bytes of a thread at once

@@ -426,8 +426,8 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
         torch_ms, note = None, None
         if compose and backend != 'torch':
             torch_ms, note = composed_ms(function, meter, alone=True, cold=not args.warm)
-        report.add(f"{name} {step}{WARM if args.warm else ''}", dtype_name, backend=backend, ms=ms, rate=rate, unit='GB/s',
-                   copy_share=rate / copy_rate, peak_gib=peak, host_us=round(host, 1), torch_ms=torch_ms,
+        report.add(f"{name} {step}{WARM if args.warm else ''}", dtype_name, backend=backend, ms=ms, rate=rate,
+                   unit='GB/s', copy_share=rate / copy_rate, peak_gib=peak, host_us=round(host, 1), torch_ms=torch_ms,
                    errors=errors, note=note)
         medians.append(ms[1])
     return medians
