@@ -30,12 +30,13 @@ def load_parameters(weight, bias, channel, DIM: tl.constexpr):
 @triton.jit
 def normalise(x, channel, EPS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """``x`` without its mean, divided by its standard deviation, and what it was multiplied by. The variance is
-    taken about the mean, so that a large mean costs no digits."""
+    taken about the mean, so that a large mean costs no digits. Where it is 0, ``x`` is multiplied by a finite number,
+    since rows that are not there must not leave NaN in sums."""
     x = x.to(tl.float32)
     x -= tl.sum(x, 1, keep_dims=True) / DIM
     if DIM != BLOCK_D:
         x = tl.where((channel < DIM)[None, :], x, 0.0)
-    scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / DIM + EPS)
+    scale = tl.rsqrt(tl.maximum(tl.sum(x * x, 1, keep_dims=True) / DIM + EPS, 1e-37))
     return x * scale, scale
 
 

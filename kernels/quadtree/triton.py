@@ -135,11 +135,15 @@ def forward(x, selected, height, width, shift, token_order, inverse):
     return y
 
 
-def backward(grad, x, selected, height, width, shift, token_order, inverse):
+def backward(grad, x, selected, *args):
     """The two re-orderings are each other's adjoint in ``x`` and have their gradient in ``selected`` in common."""
-    grad_x = forward(grad, selected, height, width, shift, token_order, not inverse)
-    if not x.numel():
-        return grad_x, torch.zeros_like(selected)
+    *order, inverse = args
+    grad_x = forward(grad, selected, *order, not inverse)
+    return grad_x, gains_of(grad, x, *args).sum(2) if x.numel() else torch.zeros_like(selected)
+
+
+def gains_of(grad, x, height, width, shift, token_order, inverse):
+    """What the selection of each window adds to the loss, by token: (batch, 4, L / 4), float32."""
     tokens, sequence = (grad, x) if inverse else (x, grad)
     batch, L, dim = x.shape
     gains = x.new_empty((batch, 4, L // 4), dtype=torch.float32)
@@ -149,7 +153,7 @@ def backward(grad, x, selected, height, width, shift, token_order, inverse):
     launch(_gains, (batch * cdiv(L, rows), 1, 1), tokens, sequence, gains, *_map(height, width, shift), dim // unit,
            token_stride // unit, sequence_stride // unit, unit, token_order == 'released', rows, block,
            num_warps=_WARPS)
-    return grad_x, gains.sum(2)
+    return gains
 
 
 def _readable(selected):

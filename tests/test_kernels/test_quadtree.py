@@ -3,10 +3,11 @@ import itertools
 
 import pytest
 import torch
-from kernel_testing import room
+from kernel_testing import DEVICES, room
 from mmengine.analysis import FlopAnalyzer
 
-from mmvssm.kernels import from_quadtree, select_window, to_quadtree, window_scores
+from mmvssm.kernels import from_quadtree, select_window, to_quadtree, use_backend, window_scores
+from mmvssm.kernels._core.triton_support import why_not_triton
 from mmvssm.kernels.quadtree.orders import tables
 
 SIZES = [(4, 4), (8, 12), (12, 8), (56, 56)]
@@ -192,3 +193,37 @@ def test_flops():
 
     flops = FlopAnalyzer(Model(), tuple(tensors.values())).by_operator()
     assert flops == {'quadtree': 2 * tensors['x'].numel()}
+
+
+@pytest.mark.parametrize('sample', [False, True], ids=['highest', 'sampled'])
+@pytest.mark.parametrize('height, width, shift', [(4, 4, (0, 0)), (8, 12, (1, -2)), (48, 48, (-6, 6))], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('device', DEVICES)
+def test_selection_in_one_kernel(device, dtype, height, width, shift, sample):
+    """The same windows as by PyTorch's operations in float64, and the same gradient."""
+    with use_backend('triton'):
+        reason = why_not_triton(torch.empty(1, device=device))
+    if reason:
+        pytest.skip(reason)
+    from mmvssm.kernels.quadtree import selection
+    g = torch.Generator().manual_seed(height)
+    z = (3 * torch.randn(3, height * width, 2, generator=g)).to(dtype)
+    z[2] *= 30  # probabilities of 0 and 1
+    noise = torch.empty(3, 4).exponential_(generator=g) if sample else None
+    gains, more = torch.randn(2, 3, 4, height * width // 4, generator=g).unbind()
+
+    exact = z.double().requires_grad_()
+    scores = exact.log_softmax(-1)[..., 0].unflatten(1, (height, width))
+    logits = window_scores(scores, shift)
+    logits = logits if noise is None else logits - noise.double().log()
+    expected = select_window(logits, sample=False)
+    expected.backward((gains + more).sum(2).double())
+
+    args = z.to(device), None if noise is None else noise.to(device), height, width, shift
+    selected, soft = selection.select(*args, True)
+    assert torch.equal(selected.cpu().double(), expected.detach())
+    torch.testing.assert_close(soft.cpu().double(), logits.detach().softmax(-1), rtol=1e-5, atol=1e-7)
+    grad = selection.select_backward(args[0], soft, gains.to(device), more.to(device), height, width, shift)
+    error = (grad.cpu().double() - exact.grad).norm() / exact.grad.norm()
+    assert error <= (4e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert selection.select(*args, False)[1] is None

@@ -156,3 +156,14 @@ def test_flops(name):
 
     flops = FlopAnalyzer(Model(), tuple(given.values())).by_operator()
     assert flops == {OP: 5 * tensors['x'].numel()}
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_no_eps(backend):
+    """Rows that fill up a tile have no variance; they leave nothing in the sums of others."""
+    call = Call(OP, 'tiny', backend)
+    tensors = {**leaves(call.inputs(torch.float32)), 'eps': 0.0}
+    with use_backend(backend):
+        _, n = residual_norm(**tensors)
+        grads = torch.autograd.grad(n.square().sum(), [tensors['weight'], tensors['bias'], tensors['x']])
+    assert all(grad.isfinite().all() for grad in grads)

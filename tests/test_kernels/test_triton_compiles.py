@@ -43,3 +43,29 @@ def test_compiles_for_a_gpu(op):
         assert kernel['parameters'], kernel
         assert kernel['first'], kernel
     assert max(kernel['widest'] for kernel in kernels) >= 8  # bytes of a thread at once
+
+
+SELECTION = """
+import functools
+import torch
+from compile_for_gpu import report
+from mmvssm.kernels.quadtree import selection
+selection.launch = functools.partial(report, case='selection')
+for dtype in (torch.float32, torch.bfloat16):
+    z, noise, gains = (torch.empty(s, dtype=d, device='meta') for s, d in (
+        ((2, 96, 2), dtype), ((2, 4), torch.float32), ((2, 4, 24), torch.float32)))
+    selection.select(z, None, 8, 12, (0, 0), False)
+    _, soft = selection.select(z, noise, 8, 12, (1, -1), True)
+    selection.select_backward(z, soft, gains, gains, 8, 12, (1, -1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Triton is for Linux')
+def test_selection_compiles_for_a_gpu():
+    done = subprocess.run([sys.executable, '-c', SELECTION], capture_output=True, text=True,
+                          cwd=pathlib.Path(__file__).parent, env={**os.environ, 'TRITON_INTERPRET': '0'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == 6
+    assert not any(kernel['spilled'] for kernel in kernels), kernels
+    assert all(kernel['parameters'] and kernel['first'] for kernel in kernels), kernels

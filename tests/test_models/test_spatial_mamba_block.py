@@ -309,7 +309,7 @@ TIMES = 1 if DEVICE == 'cpu' else 3
 def repeats(monkeypatch):
     """Recordings are made as soon as all kernels have run; how often they ran, by what they compute."""
     calls, run = [], Recording.__call__
-    monkeypatch.setattr(fused, '_recordings', Recordings(before=0 if DEVICE == 'cpu' else 1))
+    monkeypatch.setattr(fused.function, 'recordings', Recordings(before=0 if DEVICE == 'cpu' else 1))
     monkeypatch.setattr(Recording, '__call__', lambda self, inputs: calls.append(len(inputs)) or run(self, inputs))
     return calls
 
@@ -325,7 +325,7 @@ def test_repeated_is_the_same(monkeypatch, repeats, dtype, autocast, options, dr
     block = build(torch.float32 if autocast else dtype, 1, drop_path)
     args = inputs(dtype, autocast, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(fused, '_recordings', Recordings(before=1000))
+        patch.setattr(fused.function, 'recordings', Recordings(before=1000))
         expected = outcome(block, args, autocast)
         assert not repeats
     for _ in range(TIMES):
@@ -349,7 +349,7 @@ def test_repeated_is_the_same(monkeypatch, repeats, dtype, autocast, options, dr
 def eager(block, args, **kwargs):
     """As :func:`outcome`, without recordings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, '_recordings', Recordings(before=1000))
+        patch.setattr(fused.function, 'recordings', Recordings(before=1000))
         return outcome(block, args, **kwargs)
 
 

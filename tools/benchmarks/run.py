@@ -89,6 +89,10 @@ TARGETS = {
     'spatialmamba-t B128 224x224 train compiled, CUDA graphs': '>= 2200',
     'spatialmamba-s B128 224x224 infer': '>= 3800', 'spatialmamba-s B128 224x224 train': '>= 950',
     'spatialmamba-b B128 224x224 infer': '>= 2500', 'spatialmamba-b B128 224x224 train': '>= 620',
+    'quadmamba-li B128 224x224 infer': '>= 9000', 'quadmamba-li B128 224x224 train': '>= 3200, 6 GiB',
+    'quadmamba-t B128 224x224 infer': '>= 7000', 'quadmamba-t B128 224x224 train': '>= 2500, 8 GiB',
+    'quadmamba-s B128 224x224 infer': '>= 4200', 'quadmamba-s B128 224x224 train': '>= 1500, 14 GiB',
+    'quadmamba-b B128 224x224 infer': '>= 2800', 'quadmamba-b B128 224x224 train': '>= 1000, 21 GiB',
     'mask_rcnn spatialmamba-t 2x800x1344 backbone fwd+bwd': '<= 50',
     'mask_rcnn spatialmamba-t 2x800x1344 train': '5 GiB',
     'upernet spatialmamba-t 16x512x512 train': '<= 375, 21 GiB',
@@ -972,6 +976,8 @@ def main(argv=None):
     args = parse_args(argv)
     MMLogger.get_current_instance().setLevel('WARNING')
     torch.backends.cuda.matmul.allow_tf32 = False
+    if torch.device(args.device).index is not None:
+        torch.cuda.set_device(args.device)  # events are recorded on the current one
     report = Report(describe_system(args.device, argv), args.out)
     print(', '.join(f'{key} {value}' for key, value in report.run['system'].items()), flush=True)
     try:

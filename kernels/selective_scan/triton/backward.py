@@ -165,7 +165,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             left = (L - start).to(tl.int32)
             if not MAPS:  # in units of log(2), as steps are
                 soon = tl.maximum(start // CHUNK - 2, 0)
-                prefetch(states + ((row * chunks + soon) * N + n) * D + block * WARPS * CHANNELS + lines)
+                prefetch(states + ((row * chunks + soon) * N + n) * D
+                         + tl.minimum(block * WARPS * CHANNELS + lines, D - 1))
                 h = tl.load(states + ((row * chunks + start // CHUNK) * N + n) * D + d, mask=in_d, other=0.0) * LOG2_E
             # The block before is loaded while this one is worked on; before the first one, that one again.
             prior = first + tl.maximum(back - 1, 0) * ahead
@@ -354,14 +355,15 @@ def _finish_tokens(token_sums, grad_dt, grad_B, grad_C, images, L, BLOCKS: tl.co
     tl.store(grad_C + out * ROW_C + column - R - N, total, mask=inside & (column >= R + N))
 
 
-def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, log=False, grad_dt=None, grad_B=None):
+def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, log=False, grad_dt=None, grad_B=None,
+             grad_C=None):
     """Gradients of the eight tensors before ``order``; None for those that are None. ``log`` as in forward.
-    ``grad_dt``, ``grad_B``: where to put those of ``dt`` and ``B``, rows evenly spaced; all others are dense."""
+    ``grad_dt``, ``grad_B``, ``grad_C``: where to put those, rows evenly spaced; all others are dense."""
     run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS, chunk // 8, log)
     batch, L, D, K, N, R = run.batch, run.L, run.D, run.K, run.N, run.R
-    grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-             for t in (x, dt if grad_dt is None else None, A, B if grad_B is None else None, C, weight, bias, skip)]
-    grads[1], grads[3] = grads[1] if grad_dt is None else grad_dt, grads[3] if grad_B is None else grad_B
+    grads = [given if given is not None or t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+             for t, given in ((x, None), (dt, grad_dt), (A, None), (B, grad_B), (C, grad_C), (weight, None),
+                              (bias, None), (skip, None))]
     if not x.numel():
         return [None if g is None else g.zero_() for g in grads]
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_weight, grad_bias, grad_skip = grads
@@ -382,8 +384,8 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, 
            grad_skip, parts, D, N, K, R, skip is not None, log, _ROWS, _VALUES)
     launch(_finish_tokens, (cdiv(batch * K * L, _VALUES), 1, 1), token_sums, grad_dt, grad_B,
            grad_B if grad_C is None else grad_C, batch, L, run.blocks, N, K, R, as_rows(grad_dt, 3)[1],
-           as_rows(grad_B, 3)[1], N, columns,
-           next_power_of_2(columns), _VALUES)
+           as_rows(grad_B, 3)[1], N if grad_C is None else as_rows(grad_C, 3)[1], columns, next_power_of_2(columns),
+           _VALUES)
     if K * N > 1:
         grad_x = add_directions(grad_x, x.dtype)
     return [grad_x, *grads[1:]]

@@ -575,7 +575,7 @@ def _add_directions(parts, total, size, tiles, UNIT: tl.constexpr, K: tl.constex
 def add_directions(parts, dtype):
     """Float32 ``parts`` (batch, K, L, D), contiguous, added up in the order of K: (batch, L, D) in ``dtype``."""
     batch, K, L, D = parts.shape
-    if K == 1 or not parts.numel() or L * D >= 2**31:
+    if K == 1 or not parts.numel() or L * D > 2**31 - 4096:
         return parts.squeeze(1) if K == 1 else parts.sum(1)
     total, unit = parts.new_empty((batch, L, D), dtype=dtype), unit_of(L * D)
     tiles = cdiv(L * D, 4096)

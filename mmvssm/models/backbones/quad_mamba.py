@@ -29,6 +29,7 @@ from ..layers.depthwise import DepthwiseConv
 from ..layers.drop_path import DropPathScale
 from ..layers.mlp import MLP
 from ..layers.ssm import reset_scan_parameters
+from . import quad_mamba_block as fused
 
 LN_EPS = 1e-5
 #: Stages with a quadtree scan; the others have a cross scan.
@@ -167,15 +168,21 @@ class QuadtreeSSM(MultiDirectionSSM):
         self.shift_sign = shift_sign or (0, 0)
         self.token_order = token_order
 
+    def shift(self, height):
+        """How far (dy, dx) a map of so many rows is rolled."""
+        return tuple(sign * (height // 8) for sign in self.shift_sign)
+
+    def scored_shift(self, shift):
+        """How far the map whose windows are scored: the authors' code takes that before it is rolled."""
+        return shift if self.token_order == 'quadtree' else (0, 0)
+
     def mix(self, x):
         _, height, width, _ = x.shape
         if torch.compiler.is_compiling() or height % 4 or width % 4:  # compiled code serves maps of all sizes
             x = F.pad(x, (0, 0, 0, -width % 4, 0, -height % 4))
         _, padded_height, padded_width, _ = x.shape
-        step = padded_height // 8
-        shift = tuple(sign * step for sign in self.shift_sign)
-        # The authors' code scores the windows of the map before it is rolled.
-        logits = window_scores(self.score_predictor(x), shift if self.token_order == 'quadtree' else (0, 0))
+        shift = self.shift(padded_height)
+        logits = window_scores(self.score_predictor(x), self.scored_shift(shift))
         selected = select_window(logits, sample=self.training)
         options = dict(shift=shift, token_order=self.token_order)
         sequence = to_quadtree(x, selected, **options)
@@ -198,6 +205,9 @@ class Block(nn.Module):
         """``branch``, times ``scale`` (B,), is what the block before has yet to add to ``x``. Returns the same three
         for the block after."""
         of_mixer, of_mlp = self.drop_path(x, 2)
+        parameters = None if torch.compiler.is_compiling() else fused.parameters_of(self, x, branch, scale)
+        if parameters:
+            return *fused.run(self, x, branch, scale, of_mixer, parameters), of_mlp
         x, normed = self.norm.after(x, branch, scale)
         x, normed = self.norm2.after(x, self.op(normed), of_mixer)
         return x, self.mlp(normed), of_mlp
@@ -274,6 +284,11 @@ class QuadMamba(VisionSSM):
         self.add_output_norms(LN_EPS)
         self.reset_parameters()
         self.train()
+
+    def run_blocks(self, blocks, x):
+        if blocks is self.layers[0].blocks and not torch.compiler.is_compiling():
+            fused.compile_kernels(self.layers, x)
+        return super().run_blocks(blocks, x)
 
     def _to_own_names(self, state_dict, prefix):
         for name in list(state_dict):

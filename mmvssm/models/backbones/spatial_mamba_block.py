@@ -1,33 +1,19 @@
-"""A block of Spatial-Mamba as one autograd function, for GPUs.
-
-``Block.forward`` in spatial_mamba.py says what a block computes. Run that way, its modules, operators and nodes of the
-autograd graph cost the processor more time than the GPU needs for the work. Here the same kernels are called one after
-the other, forward and backward; weights are cast at once, and gradients are added up where they are produced. It
-stands in only where nobody can tell the difference: see :func:`parameters_of`.
-"""
+"""A block of Spatial-Mamba as one autograd function, for GPUs: what ``Block.forward`` in spatial_mamba.py computes, by
+the same kernels. See block_function.py."""
 import functools
 import operator
-import weakref
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
 from torch import nn
-from torch.nn.modules import module as nn_module
 
-from mmvssm.kernels._core.backends import BackendError, requested_backend
-from mmvssm.kernels._core.eager import is_plain
-from mmvssm.kernels._core.precision import without_autocast
-from mmvssm.kernels._core.replay import Recording, Recordings, can_repeat
-from mmvssm.kernels._core.triton_support import INTERPRETED, collect_launches, compile_launches, why_not_triton
-from mmvssm.kernels._core.vjp import no_second_derivative
+from mmvssm.kernels._core.triton_support import collect_launches
 from mmvssm.kernels.selective_scan.ops import CHUNK
 
 from ..layers.depthwise import DepthwiseConv
 from ..layers.mlp import MLP
-
-#: Whether matrix products can return float32 for half precision.
-_WIDE_PRODUCTS = 'dtype' in torch.ops.aten.mm.overloads()
+from . import block_function
+from .block_function import BlockFunction, are_plain, cast, fits, precision, product, untouched
 
 
 @functools.cache
@@ -43,7 +29,7 @@ def _rooms():
     return residual, conv, scan, fusion, gate, gelu, downsample
 
 
-#: Names of modules and of parameters by where they are found; the order of the parameters is that of :func:`run`.
+#: Names of modules and of parameters by where they are found; the order of the parameters is that of :func:`_forward`.
 _OF_BLOCK = operator.itemgetter('cpe1', 'ln_1', 'self_attention', 'cpe2', 'ln_2', 'mlp')
 _OF_MIXER = operator.itemgetter('in_proj', 'conv2d', 'state_fusion', 'out_norm', 'out_proj')
 _OF_MLP = operator.itemgetter('fc1', 'act', 'fc2')
@@ -52,7 +38,6 @@ _FUSION = operator.itemgetter('kernel_3', 'kernel_3_1', 'kernel_3_2', 'alpha')
 _BOTH = operator.itemgetter('weight', 'bias')
 #: Places of the parameters that matrix products take, in the precision of autocast.
 _CAST = IN_PROJ, X_PROJ, OUT_PROJ, FC1, FC1_BIAS, FC2, FC2_BIAS = 4, 7, 18, 23, 24, 25, 26
-_PLAIN = {torch.Tensor, nn.Parameter}
 
 
 @functools.cache
@@ -72,18 +57,9 @@ def _shapes_of(dim, inner, rank, d_state, hidden):
             (hidden, dim), (hidden,), (dim, hidden), (dim,))
 
 
-def untouched(modules):
-    """Whether nobody could tell if these modules were not called: there is no hook and no ``forward`` of their own."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks \
-                or 'forward' in m.__dict__:
-            return False
-    return not nn_module._has_any_global_hook()
-
-
 def _parameters(block):
-    """The block's parameters in the order in which :func:`run` takes them. None if there is something else in it than
-    its own modules and parameters, or a hook, that would go unnoticed."""
+    """The block's parameters in the order in which :func:`_forward` takes them. None if there is something else in it
+    than its own modules and parameters, or a hook, that would go unnoticed."""
     if type(block) is not _kinds()[0]:
         return None
     try:
@@ -99,7 +75,7 @@ def _parameters(block):
                       *_BOTH(conv._parameters), *_SCAN(mixer._parameters), *_FUSION(fusion._parameters),
                       *_BOTH(out_norm._parameters), out_proj._parameters['weight'], *_BOTH(cpe2._parameters),
                       *_BOTH(ln_2._parameters), *_BOTH(fc1._parameters), *_BOTH(fc2._parameters))
-        if not _PLAIN.issuperset(map(type, parameters)):
+        if not are_plain(parameters):
             return None
         (dim,), (inner, rank), (_, d_state), (hidden, _) = (parameters[i].shape for i in (1, 8, 10, FC1))
     except (AttributeError, KeyError, ValueError):
@@ -110,53 +86,20 @@ def _parameters(block):
 
 
 def parameters_of(block, x, branch, scale):
-    """The parameters for :func:`run`. None if the modules must be called one by one: another backend than Triton, a
-    compiler, tracer or mode that wants to see operators, other modules or hooks than the block's own, or
-    arguments that do not fit, which the modules report."""
-    if requested_backend() not in (None, 'triton') or why_not_triton(x) is not None or not x.numel() \
-            or not is_plain((x, branch, scale)):
-        return None
+    """The parameters for :func:`run`. None if the modules must be called one by one: there are other modules or hooks
+    than the block's own, or see :func:`fits`."""
     parameters = _parameters(block)
-    device = x.get_device()
-    if parameters is None or {p.get_device() for p in parameters} != {device}:
-        return None
-    if x.dim() != 4 or x.shape[-1] != parameters[1].shape[0]:
-        return None
-    if branch is not None and (branch.shape != x.shape or branch.get_device() != device
-                               or not branch.is_floating_point()):
-        return None
-    if scale is not None and (branch is None or scale.shape != x.shape[:1] or scale.get_device() != device):
-        return None
-    if not torch.is_autocast_enabled(x.device.type) and any(parameters[i].dtype != x.dtype for i in _CAST):
+    if parameters is None or not fits(x, branch, scale, parameters, parameters[1].shape[0], _CAST):
         return None
     return parameters
 
 
-def _cast(parameters, dtype):
-    """Those of ``_CAST`` in ``dtype``."""
-    parameters = [parameters[i] for i in _CAST]
-    if all(p.dtype == dtype for p in parameters):
-        return parameters
-    cast = [torch.empty_like(p, dtype=dtype) for p in parameters]
-    torch._foreach_copy_(cast, parameters)
-    return cast
-
-
-def _product(a, b, dtype):
-    """``a @ b`` in ``dtype``, rounded once if PyTorch can."""
-    if a.dtype == dtype:
-        return torch.mm(a, b)
-    if _WIDE_PRODUCTS and dtype == torch.float32 and (a.is_cuda or a.is_meta and not INTERPRETED):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
-
-
-def _forward(x, branch, scale, scale2, eps, parameters, dtype, kept):
-    """The block's results. What its backward pass needs is appended to ``kept``, unless that is None."""
+def _forward(inputs, eps, dtype, kept):
+    x, branch, scale, scale2, *parameters = inputs
     residual, conv, scan, fusion, gate, *_ = _rooms()
     (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
      cpe2_w, cpe2_b, ln2_w, ln2_b, *_) = parameters
-    in_w, x_w, out_w, fc1_w, fc1_b, fc2_w, fc2_b = _cast(parameters, dtype)
+    in_w, x_w, out_w, fc1_w, fc1_b, fc2_w, fc2_b = cast([parameters[i] for i in _CAST], dtype)
     batch, height, width, dim = x.shape
     inner, d_state = A_logs.shape
     rank, length = dt_w.shape[1], height * width
@@ -193,128 +136,9 @@ def _forward(x, branch, scale, scale2, eps, parameters, dtype, kept):
     return y, F.linear(a, fc2_w, fc2_b).view(x.shape)
 
 
-_recordings = Recordings()
-
-
-def _case(x, branch, scale, scale2, eps, dtype, parameters):
-    """All that a recording depends on. None if there can be none: it takes dense tensors in aligned memory."""
-    if not can_repeat(x.device) or not all(t is None or t.is_contiguous() for t in (scale, scale2)):
-        return None
-    addresses = 0
-    for tensor in (x, *parameters) if branch is None else (x, branch, *parameters):
-        if not tensor.is_contiguous():
-            return None
-        addresses |= tensor.data_ptr()
-    if addresses & 15:
-        return None
-    return (x.shape, parameters[8].shape, parameters[10].shape, parameters[FC1].shape, x.dtype, dtype, eps, x.device,
-            branch is not None and branch.dtype, scale is not None and scale.dtype, _unaligned(scale),
-            scale2 is not None and scale2.dtype, _unaligned(scale2), *[p.dtype for p in parameters])
-
-
-def _unaligned(scale):
-    return None if scale is None else scale.data_ptr() & 15 > 0
-
-
-def _saving_is_watched():
-    """Whether hooks see what is saved for backward: checkpointing wants the same tensors in both of its passes."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _like(tensors):
-    return [None if t is None else torch.empty_like(t, device='meta') for t in tensors]
-
-
-def _recorded_forward(case, inputs, eps, dtype, keeps):
-    """The recording of ``_forward`` for ``inputs``, which are x, branch, scale, scale2 and parameters; or None."""
-    def forward(*inputs):
-        kept = [] if keeps else None
-        results = _forward(*inputs[:4], eps, inputs[4:], dtype, kept)
-        return results, kept or []
-
-    def record():
-        return Recording(forward, _like(inputs), inputs[0].device, [i for i in (2, 3) if _unaligned(inputs[i])])
-
-    return case and _recordings.get((case, keeps), record)
-
-
-def _recorded_backward(case, recorded, inputs, eps, needed):
-    """The recording of ``_backward`` that follows the one ``recorded``, or None. ``inputs``: the gradients, those of
-    ``recorded``, and the memory that it kept."""
-    def backward(grad_y2, grad_out, *inputs):
-        *inputs, kept = inputs
-        grads = _backward.__wrapped__(grad_y2, grad_out, eps, needed, *inputs[:4],
-                                      *recorded.tensors_kept(inputs, kept), *inputs[4:])
-        return grads, []
-
-    def record():
-        # Gradients of parameters come and go together.
-        return Recording(backward, _like(inputs), inputs[0].device, [i for i in (4, 5) if _unaligned(inputs[i])], 2)
-
-    if not all(grad.is_contiguous() and not grad.data_ptr() & 15 for grad in inputs[:2]):
-        return None
-    return _recordings.get((case, needed, inputs[0].dtype, inputs[1].dtype), record)
-
-
-class _Block(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, x, branch, scale, scale2, eps, dtype, *parameters):
-        inputs = x, branch, scale, scale2, *parameters
-        ctx.case, ctx.eps, ctx.dtype = _case(x, branch, scale, scale2, eps, dtype, parameters), eps, dtype
-        ctx.recorded = _recorded_forward(ctx.case, inputs, eps, dtype, True)
-        if ctx.recorded:
-            results, kept = ctx.recorded(inputs)
-            if _saving_is_watched():
-                ctx.save_for_backward(*inputs, *ctx.recorded.tensors_kept(inputs, kept))
-                ctx.recorded = None
-            else:
-                ctx.save_for_backward(*inputs, kept)
-            return tuple(results)
-        kept = []
-        results = _forward(x, branch, scale, scale2, eps, parameters, dtype, kept)
-        ctx.save_for_backward(*inputs, *kept)
-        return results
-
-    @staticmethod
-    def backward(ctx, grad_y2, grad_out):
-        if requested_backend() not in (None, 'triton'):
-            raise BackendError(f"backend '{requested_backend()}' is requested for the backward pass of a block of "
-                               "Spatial-Mamba that ran on 'triton'; request it for both passes")
-        with torch.no_grad():
-            grads = _gradients(ctx, grad_y2, grad_out, ctx.needs_input_grad[6:])
-        if torch.is_grad_enabled():
-            grads = _Final.apply(torch.empty(0, requires_grad=True), *grads)
-        return grads
-
-
-def _gradients(ctx, grad_y2, grad_out, needed):
-    saved = ctx.saved_tensors
-    inputs, kept = saved[:4 + len(needed)], saved[4 + len(needed):]
-    if ctx.recorded:
-        # ``p.data = ...`` gives a parameter another dtype or layout and nobody notices.
-        if _case(*inputs[:4], ctx.eps, ctx.dtype, inputs[4:]) == ctx.case:
-            inputs_too = grad_y2, grad_out, *saved
-            recorded = _recorded_backward(ctx.case, ctx.recorded, inputs_too, ctx.eps, needed)
-            if recorded:
-                return (*recorded(inputs_too)[0],)
-        kept = ctx.recorded.tensors_kept(inputs, *kept)
-    return _backward(grad_y2, grad_out, ctx.eps, needed, *inputs[:4], *kept, *inputs[4:])
-
-
-class _Final(torch.autograd.Function):
-    """Gradients that have none of their own: PyTorch would take these for zero."""
-
-    @staticmethod
-    def forward(ctx, anchor, *grads):
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
-
-    backward = staticmethod(no_second_derivative('SpatialMamba', 'what is built of *_reference functions'))
-
-
-@without_autocast
-def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, xz, u, p, h, states, y, g, o, n2, a,
-              in_w, x_w, out_w, fc1_w, fc2_w, *parameters):
+def _backward(grad_y2, grad_out, eps, needed, inputs, kept):
+    x, branch, scale, scale2, *parameters = inputs
+    y1, n1, xz, u, p, h, states, y, g, o, n2, a, in_w, x_w, out_w, fc1_w, fc2_w = kept
     residual, conv, scan, fusion, gate, gelu, _ = _rooms()
     (cpe1_w, cpe1_b, ln1_w, ln1_b, _, conv_w, conv_b, _, dt_w, dt_b, A_logs, Ds, k1, k3, k5, alpha, norm_w, norm_b, _,
      cpe2_w, cpe2_b, ln2_w, ln2_b, *_) = parameters
@@ -326,7 +150,7 @@ def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, 
 
     def of_weight(i, grad, inputs):
         if needed[i]:
-            grads[i] = _product(grad.t(), inputs, parameters[i].dtype)
+            grads[i] = product(grad.t(), inputs, parameters[i].dtype)
 
     grad_out = grad_out.reshape(rows, dim)
     if needed[FC2_BIAS]:
@@ -370,15 +194,11 @@ def _backward(grad_y2, grad_out, eps, needed, x, branch, scale, scale2, y1, n1, 
                                                          ln1_b, eps[0], not shared)
     if shared:
         grad_branch = None if branch is None else grad_x
-    return grad_x, grad_branch, None, None, None, None, *(
-        grad if grad is None or grad.dtype == p.dtype else grad.to(p.dtype)
-        for grad, p in zip(grads, parameters, strict=True))
+    return grad_x, grad_branch, grads
 
 
-def _precision(x):
-    """That of matrix products."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+#: Blocks by their tensors x, branch, scale, scale2 and parameters, and the norms' epsilons.
+function = BlockFunction('SpatialMamba', 4, (8, 10, FC1), _forward, _backward)
 
 
 def _epsilons(block):
@@ -389,72 +209,35 @@ def _epsilons(block):
 def run(block, x, branch, scale, scale2, parameters):
     """The result of ``block`` and the branch that is yet to be added to it; ``scale2`` is the stochastic depth of the
     mixer's branch."""
-    eps, dtype = _epsilons(block), _precision(x)
-    if torch.is_grad_enabled() and (x.requires_grad or branch is not None and branch.requires_grad
-                                    or any(p.requires_grad for p in parameters)):
-        return _Block.apply(x, branch, scale, scale2, eps, dtype, *parameters)
-    inputs = x, branch, scale, scale2, *parameters
-    recorded = _recorded_forward(_case(x, branch, scale, scale2, eps, dtype, parameters), inputs, eps, dtype, False)
-    if recorded:
-        return tuple(recorded(inputs)[0])
-    return _forward(x, branch, scale, scale2, eps, parameters, dtype, None)
-
-
-_compiled = weakref.WeakKeyDictionary()
+    return function((x, branch, scale, scale2, *parameters), _epsilons(block))
 
 
 def compile_kernels(stages, x):
-    """Compile the kernels of all ``stages`` side by side, before the first pass; one after the other, as they are
-    needed, would take minutes. ``x`` is the input of the first stage."""
-    if INTERPRETED:
-        return
-    done = _compiled.setdefault(stages, set())
-    case = x.device, x.dtype, _precision(x), torch.is_grad_enabled(), stages.training
-    if case not in done and len(stages[0].blocks) and parameters_of(stages[0].blocks[0], x, None, None):
-        done.add(case)
-        with torch.cuda.device(x.device):
-            launches = launches_of(stages, x, torch.is_grad_enabled())
-        print_log('SpatialMamba: the GPU kernels are compiled, or read from where Triton keeps them, before the first '
-                  'pass', logger='current')
-        compile_launches(launches, x.device)
+    """See :func:`block_function.compile_kernels`."""
+    block_function.compile_kernels(
+        function.name, stages, x,
+        lambda x: len(stages[0].blocks) and parameters_of(stages[0].blocks[0], x, None, None), launches_of)
 
 
-@torch.no_grad()
 def launches_of(stages, x, backward):
     """The kernel launches of a pass over ``x``, and of its ``backward`` pass; equal blocks of a stage are left out."""
     from .spatial_mamba import Downsample
-    dtype, (batch, height, width, _) = _precision(x), x.shape
 
-    def meta(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device='meta')
+    def case_of(block, batch, height, width):
+        parameters = _parameters(block)
+        return parameters and (_epsilons(block), (), parameters)
 
-    with collect_launches() as launches:
+    launches = block_function.block_launches(function, stages, x, backward, case_of)
+    batch, height, width, _ = x.shape
+    downsample = _rooms()[-1]
+    with torch.no_grad(), collect_launches() as more:
         for stage in stages:
-            seen, dropped = set(), False
-            for i, block in enumerate(stage.blocks):
-                parameters = _parameters(block)
-                if parameters is None:
-                    continue
-                drops = block.drop_path.training and block.drop_path.drop_prob > 0
-                case, dropped = (i > 0, dropped, drops), drops
-                if case in seen:
-                    continue
-                seen.add(case)
-                parameters = [torch.empty_like(p, device='meta') for p in parameters]
-                shape, factor = (batch, height, width, parameters[0].shape[0]), meta(batch, dtype=torch.float32)
-                args = (meta(*shape, dtype=x.dtype), meta(*shape) if case[0] else None, factor if case[1] else None,
-                        factor if drops else None)
-                kept = []
-                y, out = _forward(*args, _epsilons(block), parameters, dtype, kept)
-                if backward:
-                    _backward.__wrapped__(y, out, _epsilons(block), [True] * len(parameters), *args, *kept, *parameters)
             convs = stage.downsample.own_convs() if isinstance(stage.downsample, Downsample) else None
             if convs:
-                x = meta(batch, height, width, convs[1].out_channels)
+                wide = torch.empty((batch, height, width, convs[1].out_channels), dtype=precision(x), device='meta')
                 parameters = [torch.empty_like(p, device='meta') for p in (convs[1].weight, convs[1].bias)]
-                downsample = _rooms()[-1]
-                y = downsample.forward(x, *parameters)
+                y = downsample.forward(wide, *parameters)
                 if backward:
-                    downsample.backward(y, y, x, *parameters)
+                    downsample.backward(y, y, wide, *parameters)
             height, width = -(-height // 2), -(-width // 2)
-    return launches
+    return launches + more
