@@ -31,7 +31,13 @@ from torch._inductor import config as inductor_config
 
 import mmvssm
 from mmvssm.engine.config import import_modules, keep_boxes_fp32
-from mmvssm.kernels import residual_conv_norm, selective_scan_reference, use_backend
+from mmvssm.kernels import (
+    cross_scan_order,
+    residual_conv_norm,
+    selective_scan_reference,
+    two_way_order,
+    use_backend,
+)
 from mmvssm.kernels._core.backends import choose
 from mmvssm.kernels._core.cases import lay_out
 from mmvssm.kernels.selective_scan.composed import _Recurrence
@@ -63,6 +69,8 @@ OPERATORS = dict(
     norm_gate=('norm_gate', dict(), 'x z'),
     downsample=('downsample_conv', dict(), 'x'),
     scan_output=('selective_scan', dict(output='skip'), 'x dt B C'),
+    cross_scan=('selective_scan', dict(output='skip', directions=4), 'x dt B C'),
+    two_way_scan=('selective_scan', dict(output='skip', directions=2), 'x dt B C'),
     to_quadtree=('quadtree', dict(one_hot=True), 'x selected'),
     from_quadtree=('quadtree', dict(one_hot=True, inverse=True), 'x selected'),
 )
@@ -323,7 +331,7 @@ def as_in_a_block(op, tensors):
         tensors['x'] = lay_out(tensors['x'], 'half')
     elif op == 'norm_gate':
         tensors['z'] = lay_out(tensors['z'], 'half')
-    elif op in ('scan', 'scan_output'):
+    elif OPERATORS[op][0] == 'selective_scan':
         sizes = [tensors[name].shape[-1] for name in ('dt', 'B', 'B')]
         parts = [tensors['dt'], tensors['B'], tensors['B'] if tensors['C'] is None else tensors['C']]
         tensors['dt'], tensors['B'], C = torch.cat(parts, -1).split(sizes, -1)
@@ -354,13 +362,20 @@ def error_of(got, expected, repeats, per_image):
     return math.sqrt(square / repeats) / (norm or 1.0)
 
 
-def functions_of(room, cases, case):
+def order_of(op, height, width, device):
+    """The order in which a scan walks the tokens of a map, None for that of memory."""
+    if op == 'cross_scan':
+        return cross_scan_order(height, width, device)
+    return two_way_order(height * width, device) if op == 'two_way_scan' else None
+
+
+def functions_of(room, cases, case, order=None):
     """The room's operator and reference as functions of the tensors by name that return tuples."""
     if room == 'residual_conv_norm':  # its cases stack two outputs
         return lambda t: residual_conv_norm(**t), lambda t: cases.reference(case, t).unbind(0)
     if room == 'selective_scan':  # by steps a long map would take minutes
-        return (lambda t: (cases.operator(case, t),),
-                lambda t: (selective_scan_reference(**t, recurrence=_Recurrence.apply),))
+        return (lambda t: (cases.operator(case, {**t, 'order': order}),),
+                lambda t: (selective_scan_reference(**t, order=order, recurrence=_Recurrence.apply),))
     return lambda t: (cases.operator(case, t),), lambda t: (cases.reference(case, t),)
 
 
@@ -376,7 +391,7 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
     d_state = args.d_state or (16 if op == 'scan_output' else 1)
     cases, case, repeats = operator_case(op, (batch, dim, height, width), d_state)
     name = f'{op} B{batch} D{dim} {height}x{width}' + (f' N{d_state}' if d_state != 1 else '')
-    operator, reference = functions_of(room, cases, case)
+    operator, reference = functions_of(room, cases, case, order_of(op, height, width, meter.device))
 
     def repeated(t):
         return t.repeat(repeats, *[1] * (t.dim() - 1))

@@ -291,11 +291,11 @@ def _constants(block, height):
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_order(quadtree, height, width, device):
+def _kept_order(quadtree, height, width, device, stream):
     return _order(quadtree, height, width, device)
 
 
-def _order(quadtree, height, width, device):
+def _order(quadtree, height, width, device, stream=None):
     with torch.inference_mode(False):
         return two_way_order(height * width, device) if quadtree else cross_scan_order(height, width, device)
 
@@ -305,12 +305,15 @@ def run(block, x, branch, scale, scale2, parameters):
     mixer's branch."""
     batch, height, width, _ = x.shape
     quadtree, noise = len(parameters) > _PREDICTOR, None
-    # What a CUDA graph reads has to live as long as that.
-    order = _order if x.is_cuda and torch.cuda.is_current_stream_capturing() else _kept_order
+    make_order, stream = _kept_order, None
+    if x.is_cuda:
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())  # other streams would have to wait for this one
+        if torch.cuda.is_current_stream_capturing():  # what a CUDA graph reads has to live as long as that
+            make_order = _order
+    order = make_order(quadtree, height, width, x.device, stream)
     if quadtree and block.op.training:
         noise = torch.empty((batch, 4), dtype=torch.float32, device=x.device).exponential_()
-    inputs = x, branch, scale, scale2, order(quadtree, height, width, x.device), noise, *parameters
-    return function(inputs, _constants(block, height))
+    return function((x, branch, scale, scale2, order, noise, *parameters), _constants(block, height))
 
 
 def compile_kernels(stages, x):
