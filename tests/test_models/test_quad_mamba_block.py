@@ -166,13 +166,18 @@ class Seen(nn.Module):
         return self.module(*args, **kwargs)
 
 
-@pytest.mark.parametrize('change', ['hook', 'predictor_hook', 'replaced', 'approximate_gelu', 'subclass', 'bias'])
+@pytest.mark.parametrize('change', ['hook', 'norm_hook', 'norm_replaced', 'predictor_hook', 'replaced',
+                                    'approximate_gelu', 'subclass', 'bias'])
 def test_modules_run_where_that_could_be_told(runs, change):
     block, args, seen = build('released'), inputs(size=(4, 4)), []
     block(*args)
     assert len(runs) == 1  # what is found out about a block does not outlast a change
     if change == 'hook':
         block.op.register_forward_pre_hook(lambda *_: seen.append(1))
+    elif change == 'norm_hook':
+        block.norm2.register_forward_hook(lambda *_: seen.append(1))
+    elif change == 'norm_replaced':
+        block.norm = Seen(block.norm, seen)
     elif change == 'predictor_hook':
         block.op.score_predictor.out_conv[2].register_forward_hook(lambda *_: seen.append(1))
     elif change == 'replaced':

@@ -135,8 +135,9 @@ def test_frozen_parameters_get_no_gradient(monkeypatch, runs):
     assert runs
 
 
-@pytest.mark.parametrize('change', ['forward_hook', 'pre_hook', 'backward_hook', 'replaced', 'approximate_gelu', 'lora',
-                                    'subclass', 'parametrized', 'patched', 'bias'])
+@pytest.mark.parametrize('change', ['forward_hook', 'pre_hook', 'norm_hook', 'conv_replaced', 'backward_hook',
+                                    'replaced', 'approximate_gelu', 'lora', 'subclass', 'parametrized', 'patched',
+                                    'bias'])
 def test_modules_run_where_that_could_be_told(runs, change):
     block, args, seen = build(), inputs(torch.float32, size=(2, 2)), []
     mixer = block.self_attention
@@ -146,6 +147,10 @@ def test_modules_run_where_that_could_be_told(runs, change):
         mixer.out_proj.register_forward_hook(lambda *_: seen.append(1))
     elif change == 'pre_hook':
         mixer.register_forward_pre_hook(lambda *_: seen.append(1))
+    elif change == 'norm_hook':
+        block.ln_2.register_forward_hook(lambda *_: seen.append(1))
+    elif change == 'conv_replaced':
+        block.cpe1 = Seen(block.cpe1, seen)
     elif change == 'backward_hook':
         block.mlp.fc2.register_full_backward_hook(lambda *_: seen.append(1))
     elif change == 'replaced':

@@ -26,10 +26,11 @@ from mmvssm.kernels.quadtree.interface import check_token_order
 
 from ..layers.backbone import Stage, VisionSSM
 from ..layers.depthwise import DepthwiseConv
-from ..layers.drop_path import DropPathScale
+from ..layers.drop_path import DropPathScale, add_branch
 from ..layers.mlp import MLP
 from ..layers.ssm import reset_scan_parameters
 from . import quad_mamba_block as fused
+from .block_function import untouched
 
 LN_EPS = 1e-5
 #: Stages with a quadtree scan; the others have a cross scan.
@@ -208,9 +209,17 @@ class Block(nn.Module):
         parameters = None if torch.compiler.is_compiling() else fused.parameters_of(self, x, branch, scale)
         if parameters:
             return *fused.run(self, x, branch, scale, of_mixer, parameters), of_mlp
-        x, normed = self.norm.after(x, branch, scale)
-        x, normed = self.norm2.after(x, self.op(normed), of_mixer)
+        x, normed = self.add_and_norm(self.norm, x, branch, scale)
+        x, normed = self.add_and_norm(self.norm2, x, self.op(normed), of_mixer)
         return x, self.mlp(normed), of_mlp
+
+    @staticmethod
+    def add_and_norm(norm, x, branch, scale):
+        """``x`` with the branch, if any, and the norm of that."""
+        if type(norm) is Norm and (torch.compiler.is_compiling() or untouched((norm,))):
+            return norm.after(x, branch, scale)
+        x = x if branch is None else add_branch(x, branch, scale)
+        return x, norm(x)
 
 
 @MODELS.register_module()

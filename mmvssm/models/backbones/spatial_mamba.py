@@ -16,7 +16,7 @@ from mmvssm.kernels._core.precision import compute_dtype
 
 from ..layers.backbone import Stage, VisionSSM
 from ..layers.depthwise import DepthwiseConv
-from ..layers.drop_path import DropPathScale
+from ..layers.drop_path import DropPathScale, add_branch
 from ..layers.mlp import MLP
 from ..layers.ssm import reset_scan_parameters
 from . import spatial_mamba_block as fused
@@ -174,6 +174,10 @@ class Block(nn.Module):
     @staticmethod
     def convolve(conv, norm, x, branch, scale):
         """Add the branch, then the convolution; the result and its norm."""
+        own = (type(conv), type(norm)) == (DepthwiseConv, nn.LayerNorm)
+        if not own or not torch.compiler.is_compiling() and not fused.untouched((conv, norm)):
+            x = conv(x if branch is None else add_branch(x, branch, scale), residual=True)
+            return x, norm(x)
         return residual_conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, branch, scale, norm.eps)
 
 
