@@ -30,7 +30,7 @@ def _window(token, height, width, dy, dx):
 @triton.jit(do_not_specialize=['height', 'width', 'dy', 'dx'])
 def _select(z, noise, selected, soft, height, width, dy, dx, TOKENS: tl.constexpr):
     """One image: the mean over windows of the log-probability of the first of two classes; the softmax of the windows'
-    means, with Gumbel noise where ``noise`` has exponential numbers; the largest as 1, all others as 0."""
+    means, with Gumbel noise where ``noise`` has exponential numbers; the largest as 1, all others as 0; NaN stays."""
     image = tl.program_id(0).to(tl.int64)
     L = height * width
     four = tl.arange(0, 4)
@@ -39,7 +39,8 @@ def _select(z, noise, selected, soft, height, width, dy, dx, TOKENS: tl.constexp
         token = start + tl.arange(0, TOKENS)
         there = token < L
         d = _difference(z, image, token, there, L)
-        score = -tl.maximum(d, 0.0) - _LN2 * log2(1 + exp(-tl.abs(d)))
+        # The difference of the difference is 0, or NaN where that is infinite, as PyTorch's softmax.
+        score = -tl.maximum(d, 0.0) - _LN2 * log2(1 + exp(-tl.abs(d))) + (d - d)
         window = _window(token, height, width, dy, dx)
         total += tl.where((window[:, None] == four[None, :]) & there[:, None], score[:, None], 0.0)
     logits = tl.sum(total, 0) * 4 / L
@@ -48,7 +49,7 @@ def _select(z, noise, selected, soft, height, width, dy, dx, TOKENS: tl.constexp
     weights = tl.exp(logits - tl.max(logits, 0))
     weights = weights / tl.sum(weights, 0)
     first = tl.min(tl.where(weights == tl.max(weights, 0), four, 4), 0)
-    tl.store(selected + image * 4 + four, tl.where(four == first, 1.0, 0.0))
+    tl.store(selected + image * 4 + four, tl.where(four == first, 1.0, 0.0) + (weights - weights))
     if soft is not None:
         tl.store(soft + image * 4 + four, weights)
 

@@ -227,3 +227,20 @@ def test_selection_in_one_kernel(device, dtype, height, width, shift, sample):
     error = (grad.cpu().double() - exact.grad).norm() / exact.grad.norm()
     assert error <= (4e-3 if dtype == torch.bfloat16 else 1e-5)
     assert selection.select(*args, False)[1] is None
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('place', [0, 1])
+@pytest.mark.parametrize('device', DEVICES)
+def test_selection_hides_no_overflow(device, place, value):
+    with use_backend('triton'):
+        reason = why_not_triton(torch.empty(1, device=device))
+    if reason:
+        pytest.skip(reason)
+    from mmvssm.kernels.quadtree import selection
+    z = torch.zeros(2, 16, 2, device=device)
+    z[0, 5, place] = value
+    selected, soft = selection.select(z, None, 4, 4, (0, 0), True)
+    for t in (selected, soft):
+        assert t[0].isnan().all()
+        assert t[1].isfinite().all()

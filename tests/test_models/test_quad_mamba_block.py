@@ -234,3 +234,20 @@ def test_launches_are_known_beforehand():
     model.layers[0].blocks[0] = nn.Identity()
     del model.layers[2].blocks[0]._modules['mlp']
     fused.launches_of(model.layers, torch.empty(1, 16, 16, 8, device=DEVICE), True)
+
+
+def test_too_many_ranks_run_by_modules():
+    """The scan's kernels take 128; nothing is launched for those blocks, either."""
+    block = Block(8, MIXERS['cross'](), 2., 0.).to(DEVICE)
+    assert fused.parameters_of(block, *inputs()) is not None
+    block.op.dt_projs_weight = nn.Parameter(torch.zeros(4, 16, 129, device=DEVICE))
+    block.op.x_proj_weight = nn.Parameter(torch.zeros(4, 131, 16, device=DEVICE))
+    assert fused.parameters_of(block, *inputs()) is None
+
+
+def test_parts_of_larger_parameters():
+    block, args = build('cross'), inputs(size=(2, 2))
+    expected = outcome(block, args)
+    weight = block.op.x_proj_weight
+    weight.data = torch.cat([weight.data, weight.data], 1)[:, :weight.shape[1]]
+    assert_same(outcome(block, args), expected, 0)

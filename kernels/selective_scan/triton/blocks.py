@@ -576,7 +576,7 @@ def add_directions(parts, dtype):
     """Float32 ``parts`` (batch, K, L, D), contiguous, added up in the order of K: (batch, L, D) in ``dtype``."""
     batch, K, L, D = parts.shape
     if K == 1 or not parts.numel() or L * D > 2**31 - 4096:
-        return parts.squeeze(1) if K == 1 else parts.sum(1)
+        return (parts.squeeze(1) if K == 1 else parts.sum(1)).to(dtype)
     total, unit = parts.new_empty((batch, L, D), dtype=dtype), unit_of(L * D)
     tiles = cdiv(L * D, 4096)
     launch(_add_directions, (batch * tiles, 1, 1), parts, total, L * D // unit, tiles, unit, K, 4096, num_warps=8)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmvssm.kernels import cross_scan_order, two_way_order
+from mmvssm.kernels.selective_scan.dispatch import MOST_RANKS
 from mmvssm.kernels.selective_scan.ops import CHUNK
 
 from ..layers.depthwise import DepthwiseConv
@@ -112,7 +113,8 @@ def _parameters(block):
         (dim,), (K, inner, rank), (_, d_state), (hidden, _) = (parameters[i].shape for i in (0, 5, 7, FC1))
     except (AttributeError, KeyError, ValueError):
         return None
-    if tuple([p.shape for p in parameters]) != _shapes_of(dim, K, inner, rank, d_state, hidden, predicts):
+    if rank > MOST_RANKS or tuple([p.shape for p in parameters]) != _shapes_of(dim, K, inner, rank, d_state, hidden,
+                                                                              predicts):
         return None
     return parameters
 
@@ -165,7 +167,7 @@ def _forward(inputs, constants, dtype, kept):
                                           kept is not None)
         s = quadtree.forward(s, selected, *to_map, False)
         keep(selected, soft, s)
-    p = F.linear(s.view(rows, inner), x_w.view(-1, inner)).view(batch, length, K, -1)
+    p = F.linear(s.view(rows, inner), x_w.reshape(-1, inner)).view(batch, length, K, -1)
     dt, B, C = p.split((rank, d_state, d_state), -1)
     y, states = scan.forward(s, dt, A_logs.view(K, inner, d_state), B, C, dt_w, dt_b, Ds.view(K, inner), order,
                              chunk=CHUNK, log=True)
@@ -241,7 +243,7 @@ def _backward(grad_y2, grad_out, constants, needed, inputs, kept):
     of_weight(X_PROJ, grad_p, s.view(rows, inner))
     if grads[X_PROJ] is not None:
         grads[X_PROJ] = grads[X_PROJ].view(parameters[X_PROJ].shape)
-    grad_s = torch.addmm(grad_s.view(rows, inner), grad_p, x_w.view(-1, inner)).view(s.shape)
+    grad_s = torch.addmm(grad_s.view(rows, inner), grad_p, x_w.reshape(-1, inner)).view(s.shape)
     if constants.shift:
         more_gains = quadtree.gains_of(grad_s, u, *to_map, False)
         grad_s = quadtree.forward(grad_s, selected, *to_map, True)

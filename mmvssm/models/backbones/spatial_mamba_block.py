@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmvssm.kernels._core.triton_support import collect_launches
+from mmvssm.kernels.selective_scan.dispatch import MOST_RANKS
 from mmvssm.kernels.selective_scan.ops import CHUNK
 
 from ..layers.depthwise import DepthwiseConv
@@ -80,7 +81,7 @@ def _parameters(block):
         (dim,), (inner, rank), (_, d_state), (hidden, _) = (parameters[i].shape for i in (1, 8, 10, FC1))
     except (AttributeError, KeyError, ValueError):
         return None
-    if tuple([p.shape for p in parameters]) != _shapes_of(dim, inner, rank, d_state, hidden):
+    if rank > MOST_RANKS or tuple([p.shape for p in parameters]) != _shapes_of(dim, inner, rank, d_state, hidden):
         return None
     return parameters
 
