@@ -4,12 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .._core.triton_math import exp, log2, reciprocal
+from .._core.triton_math import LN2, exp, log2, reciprocal
 from .._core.triton_support import launch
 
 _TOKENS = 2048  # that a program has at a time
 _WARPS = 8
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -40,7 +39,7 @@ def _select(z, noise, selected, soft, height, width, dy, dx, TOKENS: tl.constexp
         there = token < L
         d = _difference(z, image, token, there, L)
         # The difference of the difference is 0, or NaN where that is infinite, as PyTorch's softmax.
-        score = -tl.maximum(d, 0.0) - _LN2 * log2(1 + exp(-tl.abs(d))) + (d - d)
+        score = -tl.maximum(d, 0.0) - LN2 * log2(1 + exp(-tl.abs(d))) + (d - d)
         window = _window(token, height, width, dy, dx)
         total += tl.where((window[:, None] == four[None, :]) & there[:, None], score[:, None], 0.0)
     logits = tl.sum(total, 0) * 4 / L
