@@ -44,7 +44,7 @@ $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 
 test: env
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # Interrupted, it goes on where it stopped; `make clean` starts over.
 demo: env

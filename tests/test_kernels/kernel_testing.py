@@ -15,7 +15,8 @@ from mmvssm.kernels._core.cases import generator, relative_error
 ROOMS = sorted(path.parent.name for path in pathlib.Path(mmvssm.kernels.__file__).parent.glob('*/cases.py')
                if not path.parent.name.startswith('_'))
 #: Half a minute each in Triton's interpreter; a GPU runs them.
-SLOW_TO_INTERPRET = {('state_fusion', 'd_state_16'), ('state_fusion', 'one_image'), ('selective_scan', 'd_state_16')}
+SLOW_TO_INTERPRET = {('state_fusion', 'd_state_16'), ('state_fusion', 'one_image'), ('selective_scan', 'd_state_16'),
+                     ('selective_scan', 'segments-96')}
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 
 
@@ -39,6 +40,11 @@ class Call:
 
     def __str__(self):
         return '-'.join([self.op, self.case, self.backend] + [self.device] * (self.device != 'cpu'))
+
+    @property
+    def interpreted(self):
+        """Whether Triton's interpreter runs it, which takes a hundred times as long."""
+        return (self.backend, self.device) == ('triton', 'cpu')
 
     def inputs(self, dtype):
         """Fresh arguments by name; skips the test, with the dispatcher's reason, if the backend cannot run them."""

@@ -109,6 +109,8 @@ def assert_same(got, expected, tolerance):
     (True, True, False, torch.float32), (False, False, False, torch.float32), (True, True, True, torch.float32),
     (True, False, False, torch.bfloat16)], ids=['training', 'eval-first', 'autocast', 'bf16'])
 def test_same_as_modules_and_repeated(monkeypatch, runs, repeats, mixer, branch, training, autocast, dtype):
+    if DEVICE == 'cpu' and not autocast and mixer not in ('cross_states', 'released'):
+        pytest.skip("slow in Triton's interpreter, which runs this mixer under autocast")
     block, args = build(mixer, dtype, training), inputs(dtype, branch, autocast)
     expected = one_by_one(monkeypatch, block, args, autocast)
     assert not runs
