@@ -1,9 +1,11 @@
 """Train the model of a config: detection, segmentation or classification."""
 import argparse
+import sys
 
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmvssm.engine.checkpointing import check_work_dir, write_files_whole
 from mmvssm.engine.class_check import check_class_counts
 from mmvssm.engine.config import (
     AMP_DTYPES,
@@ -19,9 +21,11 @@ from mmvssm.engine.config import (
     type_name,
 )
 from mmvssm.engine.data_check import check_data, check_load_from, check_pretrained, resume_checkpoint
+from mmvssm.engine.finite_hook import FiniteHook
 from mmvssm.engine.hooks import PartialLoadingHook, StrictLoadingHook
 from mmvssm.engine.label_hook import LabelRangeHook
-from mmvssm.engine.random_state import RandomStateHook
+from mmvssm.engine.seeding import IterationSeedHook, SampleError, explain_dead_worker
+from mmvssm.engine.stopping import STOPPED_STATUS, ResumeHook, StopHook, TrainingStopped
 
 
 def parse_args(argv=None):
@@ -80,22 +84,60 @@ def main(argv=None):
 
     resumed = resume_checkpoint(cfg)
     if resumed:
-        notes.append(drop_pretrained(cfg))
+        notes += [f'resume: going on from {resumed}', drop_pretrained(cfg)]
     if is_main_rank():
+        check_work_dir(cfg.work_dir)
         check_data(cfg, ('train', 'val'))
         check_class_counts(cfg, ('train', 'val'))
         check_pretrained(cfg)
         check_load_from(cfg, resumed)
 
+    make_resumable(cfg)
+    write_files_whole()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     for note in filter(None, notes):
         runner.logger.info(note)
     if args.amp:
         keep_boxes_fp32(runner.model)
-    runner.register_hook(LabelRangeHook())
-    runner.register_hook(RandomStateHook())
-    runner.register_hook(StrictLoadingHook() if cfg.get('resume') else PartialLoadingHook())
-    runner.train()
+    for hook in (LabelRangeHook(), IterationSeedHook(), ResumeHook(), FiniteHook(), StopHook(),
+                 StrictLoadingHook() if cfg.get('resume') else PartialLoadingHook()):
+        runner.register_hook(hook)
+    train(runner)
+
+
+def make_resumable(cfg):
+    """Let a run go on where it was interrupted, in any iteration, and end as if it had not been.
+
+    Takes this package's checkpoint hook, sampler around the sampler and loop over epochs in place of MMEngine's; a
+    config with others of its own keeps them.
+    """
+    saving = cfg.get('default_hooks', {}).get('checkpoint')
+    if saving and type_name(saving) == 'CheckpointHook':
+        saving.type = 'SafeCheckpointHook'
+    sampler = cfg.train_dataloader.get('sampler')
+    if isinstance(sampler, dict) and type_name(sampler) != 'SeededSampler':
+        cfg.train_dataloader.sampler = dict(type='SeededSampler', sampler=sampler)
+    loop = cfg.train_cfg
+    if type_name(loop) == 'EpochBasedTrainLoop' or (not type_name(loop) and loop.get('by_epoch')):
+        loop.pop('by_epoch', None)
+        loop.type = 'ResumableEpochLoop'
+
+
+def train(runner):
+    """Train; what ends it early says where the next run goes on."""
+    try:
+        runner.train()
+    except TrainingStopped as stop:
+        runner.logger.info(str(stop))
+        sys.exit(STOPPED_STATUS)
+    except SampleError as error:
+        runner.logger.error(error.details, exc_info=True)
+        raise
+    except RuntimeError as error:
+        explained = explain_dead_worker(error, runner.train_dataloader.dataset)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 if __name__ == '__main__':

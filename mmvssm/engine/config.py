@@ -27,6 +27,10 @@ class UsageError(Exception):
     """A mistake in what the user gave; its one-line message says what came and what to give."""
 
 
+class TrainingError(UsageError):
+    """What ends a training that has begun; any rank may be the one that met it, and prints it."""
+
+
 def is_main_rank():
     """Whether this process speaks for the job; each launcher sets one of these variables."""
     ranks = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
@@ -38,7 +42,8 @@ def one_line_errors():
     """Turn the user's mistakes into one line on stderr, from the main rank only, and exit code 1.
 
     Those are a :class:`UsageError`, a ``BackendError`` of the kernels and what :func:`is_config_mistake`
-    finds. Use as ``@one_line_errors()`` on a tool's ``main``. Other exceptions keep their traceback.
+    finds. A :class:`TrainingError` is printed by the rank that met it. Use as ``@one_line_errors()`` on a tool's
+    ``main``. Other exceptions keep their traceback.
     """
     try:
         yield
@@ -49,6 +54,8 @@ def one_line_errors():
             message = one_line(error, most=1000)
         else:
             raise
+        if isinstance(error, TrainingError) and not is_main_rank():
+            raise SystemExit(f'error: rank {os.environ.get("RANK", "?")}: {message}') from None
         raise SystemExit(f'error: {message}' if is_main_rank() else 1) from None
 
 

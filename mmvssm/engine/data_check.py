@@ -6,10 +6,9 @@ names the file, which path was looked at and how to set it.
 import json
 import os
 
-from mmengine.runner import find_latest_checkpoint
-
 from mmvssm.models.layers.checkpoint import read_checkpoint
 
+from .checkpointing import newest_checkpoint, stopped_checkpoint
 from .config import UsageError, as_list, one_line, type_name
 from .dataset_config import class_names, dataset_class, few, file_sizes, leaf_datasets
 from .imagefolder_check import check_image_folder
@@ -63,10 +62,17 @@ def check_pretrained(cfg):
 
 
 def resume_checkpoint(cfg):
-    """The checkpoint that training goes on from, or None if it starts anew."""
-    if not cfg.get('resume'):
-        return None
-    return cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
+    """The checkpoint that training goes on from, or None if it starts anew; it is set in the config.
+
+    A run that was stopped goes on without being told to, unless the config names a checkpoint to start from.
+    """
+    if cfg.get('resume'):
+        path = cfg.get('load_from') or newest_checkpoint(cfg.work_dir)
+    else:
+        path = None if cfg.get('load_from') else stopped_checkpoint(cfg.work_dir)
+    if path:
+        cfg.resume, cfg.load_from = True, path
+    return path
 
 
 def check_load_from(cfg, resumed):

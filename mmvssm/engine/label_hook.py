@@ -3,7 +3,7 @@ import os
 
 from mmengine.hooks import Hook
 
-from .config import UsageError
+from .config import TrainingError
 from .dataset_config import few
 from .segmentation_check import IGNORED
 
@@ -31,9 +31,9 @@ class LabelRangeHook(Hook):
             return
         for sample in samples:
             if 'gt_sem_seg' in sample:
-                self._check(runner, sample)
+                self._check(sample)
 
-    def _check(self, runner, sample):
+    def _check(self, sample):
         labels = sample.gt_sem_seg.data
         # One class may be all that is not label 0.
         count = max(len(self.names), 2)
@@ -42,8 +42,6 @@ class LabelRangeHook(Hook):
             return
         path = os.path.abspath(sample.get('seg_map_path') or sample.get('img_path') or 'unknown')
         shift = '; reduce_zero_label=True: in the file they are greater by 1' if self.shifted else ''
-        message = (f'label map {path} has labels {few(labels[wrong].unique().tolist())}, expected 0 to '
-                   f'{count - 1} for {few(self.names, most=3)}, or {IGNORED}, which is ignored{shift}')
-        if runner.rank:  # only the main rank's mistakes are printed when it stops
-            runner.logger.error(message)
-        raise UsageError(message)
+        raise TrainingError(
+            f'label map {path} has labels {few(labels[wrong].unique().tolist())}, expected 0 to {count - 1} for '
+            f'{few(self.names, most=3)}, or {IGNORED}, which is ignored{shift}')

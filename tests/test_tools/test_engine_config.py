@@ -12,6 +12,7 @@ from tool_testing import TINY, TINY_DETECTOR, load_tool
 
 from mmvssm.engine import config as engine_config
 from mmvssm.engine.config import (
+    TrainingError,
     UsageError,
     check_backend,
     keep_boxes_fp32,
@@ -245,6 +246,13 @@ class TestOneLineErrors:
     def test_backend(self):
         with pytest.raises(SystemExit, match='^error: op: no backend'), one_line_errors():
             raise BackendError('op: no backend')
+
+    @pytest.mark.parametrize('rank, message', [('0', 'error: loss is nan'), ('3', 'error: rank 3: loss is nan')])
+    def test_every_rank_says_what_ends_training(self, monkeypatch, rank, message):
+        monkeypatch.setenv('RANK', rank)
+        with pytest.raises(SystemExit) as caught, one_line_errors():
+            raise TrainingError('loss is nan')
+        assert caught.value.code == message
 
     @pytest.mark.parametrize('kind', [ValueError, TypeError, RuntimeError, KeyError])
     def test_bugs_keep_their_traceback(self, kind):

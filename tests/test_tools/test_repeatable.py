@@ -1,5 +1,10 @@
 """Training on a CPU: equal seeds give equal bits, and a resumed run ends like one that was never interrupted."""
+import os
+import pickle
 import random
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +18,19 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from tool_testing import ROOT, load_tool, run_log
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from mmvssm.engine.random_state import RandomStateHook, get_random_state, set_random_state
+from mmvssm.engine.checkpointing import newest_checkpoint, stopped_checkpoint
+from mmvssm.engine.config import TrainingError
+from mmvssm.engine.seeding import (
+    IterationSeedHook,
+    SampleError,
+    SeededSampler,
+    _Place,
+    explain_dead_worker,
+    seed_generators,
+)
+from mmvssm.engine.stopping import ResumeHook, StopHook, TrainingStopped
 from mmvssm.models.layers.checkpoint import read_checkpoint
 
 train, make_digits = map(load_tool, ('train', 'data/make_digits'))
@@ -182,33 +197,14 @@ def test_interrupted(case):
     assert differing(case.end('whole'), case.end('interrupted')) == []
 
 
-@pytest.mark.parametrize('case', CASES[:1], ids='-'.join, indirect=True)
-def test_checkpoint_without_random_states(case):
-    """An older one: training goes on and says so, with other random numbers than the uninterrupted run."""
-    checkpoint = torch.load(case.halfway('whole'), weights_only=False)
-    del checkpoint['random_states']
-    torch.save(checkpoint, case.folder / 'old.pth')
-    case.train('old', '--resume', str(case.folder / 'old.pth'))
-    assert 'resume: the checkpoint has no random state of rank 0; its random numbers start' in run_log(
-        case.folder / 'old')
-    different = differing(case.end('whole'), case.end('old'))
-    assert any(name.startswith('/state_dict/backbone.') for name in different)
-
-
 class Numbers(Dataset):
-    """Twelve rows of three numbers; augmented, they come from all three global generators."""
-
-    def __init__(self, augment):
-        self.augment = augment
+    """Twelve rows of three numbers, augmented from all three global generators."""
 
     def __len__(self):
         return 12
 
     def __getitem__(self, index):
-        row = torch.full((3,), index / 12)
-        if self.augment:
-            row += torch.rand(3) + np.random.rand() + random.random()
-        return dict(row=row)
+        return dict(row=torch.full((3,), index / 12) + torch.rand(3) + np.random.rand() + random.random())
 
 
 class Net(BaseModel):
@@ -222,51 +218,79 @@ class Net(BaseModel):
         return dict(loss=F.dropout(self.linear(row), training=self.training).square().mean())
 
 
-def run_net(work_dir, by_epoch=False, augment=True, start=None, resume=True, num_workers=0, **loader):
-    """Train a :class:`Net` for 12 iterations, with a checkpoint after each 6; the weights at the end."""
-    sampler = DefaultSampler if by_epoch else InfiniteSampler
+def run_net(work_dir, by_epoch=False, start=None, num_workers=0, stop_after=None, **loader):
+    """Train a :class:`Net` for 12 iterations, 6 an epoch, with a checkpoint after each 6; the weights at the end.
+
+    ``stop_after``: the iteration after which it is told to stop.
+    """
+    torch.manual_seed(0)
+    loop = dict(type='ResumableEpochLoop', max_epochs=2) if by_epoch else dict(type='IterBasedTrainLoop', max_iters=12)
     runner = Runner(
-        Net(), str(work_dir), experiment_name=work_dir.name, load_from=start, resume=bool(start and resume),
+        Net(), str(work_dir), experiment_name=work_dir.name, load_from=start, resume=start is not None,
         randomness=dict(seed=0),
         train_dataloader=dict(
-            dataset=Numbers(augment), batch_size=2, sampler=dict(type=sampler), num_workers=num_workers,
-            collate_fn=dict(type='default_collate'), **loader),
-        train_cfg=dict(by_epoch=True, max_epochs=2) if by_epoch else dict(by_epoch=False, max_iters=12),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
-        default_hooks=dict(
-            checkpoint=dict(type='CheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 6)))
-    runner.register_hook(RandomStateHook())
-    runner.train()
-    # Workers take 5 seconds each to end when the garbage collector finds them.
-    runner.train_dataloader._iterator = runner.train_loop.dataloader_iterator = None
+            dataset=Numbers(), batch_size=2, num_workers=num_workers, collate_fn=dict(type='default_collate'),
+            sampler=dict(type='SeededSampler', sampler=dict(type=DefaultSampler if by_epoch else InfiniteSampler)),
+            **loader),
+        train_cfg=loop,
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        default_hooks=dict(checkpoint=dict(
+            type='SafeCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 6)))
+    stop = StopHook()
+    stop.after_iter = stop.after_train_iter
+
+    def after_train_iter(runner, batch_idx, data_batch=None, outputs=None):
+        stop.told = runner.iter + 1 == stop_after
+        stop.after_iter(runner, batch_idx)
+
+    stop.after_train_iter = after_train_iter
+    for hook in (IterationSeedHook(), ResumeHook(), stop):
+        runner.register_hook(hook)
+    try:
+        runner.train()
+    finally:
+        # Workers take 5 seconds each to end when the garbage collector finds them.
+        runner.train_dataloader._iterator = runner.train_loop.dataloader_iterator = None
     return runner.model.linear.weight.detach()
 
 
-#: Every generator of PyTorch belongs to one.
-DEVICES = ['cpu', *(f'cuda:{index}' for index in range(torch.cuda.device_count()))]
-
-
-def draws():
-    """What the global generators give next."""
-    return [random.gauss(), np.random.standard_normal(), *(torch.rand(3, device=name).tolist() for name in DEVICES)]
-
-
-class TestRandomStateHook:
+class TestResumed:
+    """Bit by bit as if it had not been interrupted."""
 
     WORKERS = dict(num_workers=2, persistent_workers=False)
     KEPT_WORKERS = dict(num_workers=2, persistent_workers=True)
 
     @pytest.mark.parametrize('options', [
-        dict(),
-        dict(by_epoch=True),
-        dict(by_epoch=True, **WORKERS),
-        dict(by_epoch=True, augment=False, **KEPT_WORKERS),
-        dict(augment=False, **KEPT_WORKERS),
-    ], ids=['iterations', 'epochs', 'epochs-workers', 'epochs-kept_workers', 'iterations-workers'])
-    def test_resumed(self, tmp_path, options):
+        dict(), KEPT_WORKERS, dict(by_epoch=True), dict(by_epoch=True, **WORKERS), dict(by_epoch=True, **KEPT_WORKERS),
+    ], ids=['iterations', 'iterations-kept_workers', 'epochs', 'epochs-workers', 'epochs-kept_workers'])
+    def test_from_a_checkpoint(self, tmp_path, options):
         whole = run_net(tmp_path / 'whole', **options)
         halfway = str(tmp_path / 'whole' / ('epoch_1.pth' if 'by_epoch' in options else 'iter_6.pth'))
         assert torch.equal(run_net(tmp_path / 'resumed', start=halfway, **options), whole)
+
+    @pytest.mark.parametrize('workers', [{}, KEPT_WORKERS], ids=['alone', 'kept_workers'])
+    @pytest.mark.parametrize('by_epoch', [False, True], ids=['iterations', 'epochs'])
+    @pytest.mark.parametrize('iteration', [2, 6, 9])
+    def test_from_where_it_was_stopped(self, tmp_path, by_epoch, workers, iteration):
+        whole = run_net(tmp_path / 'whole', by_epoch)
+        with pytest.raises(TrainingStopped, match=f'after iteration {iteration}; .*/stopped_iter_{iteration}.pth'):
+            run_net(tmp_path / 'stopped', by_epoch, stop_after=iteration, **workers)
+        path = stopped_checkpoint(tmp_path / 'stopped')
+        assert path == newest_checkpoint(tmp_path / 'stopped')
+        assert torch.equal(run_net(tmp_path / 'stopped', by_epoch, path, **workers), whole)
+        assert stopped_checkpoint(tmp_path / 'stopped') is None
+        names = [path.name for path in sorted((tmp_path / 'stopped').glob('*.pth'))]
+        assert names == (['epoch_1.pth', 'epoch_2.pth'] if by_epoch else ['iter_12.pth', 'iter_6.pth'])
+
+    def test_another_length_starts_the_epoch_again(self, tmp_path):
+        with pytest.raises(TrainingStopped):
+            run_net(tmp_path / 'run', by_epoch=True, stop_after=8)
+        path = stopped_checkpoint(tmp_path / 'run')
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint['meta']['batches'] = 5
+        torch.save(checkpoint, path)
+        run_net(tmp_path / 'run', by_epoch=True, start=path)
+        assert 'saved after 2 of 5 batches of an epoch, which has 6 now' in run_log(tmp_path / 'run')
 
     def test_loop_that_draws_what_it_passes_over(self, tmp_path, monkeypatch):
         """As the original MMEngine resumes."""
@@ -275,31 +299,110 @@ class TestRandomStateHook:
                             lambda iterator, count: [next(iterator) for _ in range(count)])
         assert torch.equal(run_net(tmp_path / 'resumed', start=str(tmp_path / 'whole' / 'iter_6.pth')), whole)
 
-    def test_starting_from_weights_is_no_resuming(self, tmp_path):
-        run_net(tmp_path / 'whole')
-        checkpoint = torch.load(tmp_path / 'whole' / 'iter_6.pth', weights_only=False)
-        torch.save(dict(state_dict=checkpoint['state_dict']), tmp_path / 'weights.pth')
-        ends = [run_net(tmp_path / start.stem, start=str(start), resume=False)
-                for start in (tmp_path / 'weights.pth', tmp_path / 'whole' / 'iter_6.pth')]
-        assert torch.equal(*ends)
+    def test_workers_make_no_difference(self, tmp_path):
+        assert torch.equal(run_net(tmp_path / 'alone'), run_net(tmp_path / 'workers', **self.KEPT_WORKERS))
 
-    def test_state_in_a_file(self, tmp_path):
-        draws()  # leaves half of a pair of normal numbers to Python's and NumPy's next
-        torch.save(get_random_state(), tmp_path / 'state.pth')
-        expected = draws()
-        # A resuming Runner loads checkpoints onto its device.
-        set_random_state(torch.load(tmp_path / 'state.pth', weights_only=True, map_location=DEVICES[-1]))
-        assert draws() == expected
 
-    def test_validation_takes_no_part(self):
-        """Not even in a checkpoint that is saved because of its result."""
-        hook, checkpoint = RandomStateHook(), {}
-        state = get_random_state()
-        hook.before_val(None)
-        draws()
-        hook.before_save_checkpoint(None, checkpoint)
-        hook.after_val(None)
-        expected = draws()
-        for saved in (state, *checkpoint['random_states']):
-            set_random_state(saved)
-            assert draws() == expected
+class TestSeeds:
+
+    @staticmethod
+    def draws():
+        return [random.gauss(), np.random.standard_normal(), *torch.rand(3).tolist()]
+
+    def test_keys(self):
+        """Equal ones give equal numbers, also behind half a pair of normal numbers; others give others."""
+        seen = []
+        for key in ((1, 2), (1, 2), (1, 3), (2, 1)):
+            self.draws()
+            seed_generators(*key)
+            seen.append(self.draws())
+        assert seen[0] == seen[1]
+        assert len({tuple(draws) for draws in seen}) == 3
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device')
+    def test_cuda(self):
+        torch.rand(1, device='cuda')
+        numbers = []
+        for _ in range(2):
+            seed_generators(5)
+            numbers.append(torch.rand(3, device='cuda'))
+        assert torch.equal(*numbers)
+
+    def test_ranks_share_the_places(self, monkeypatch):
+        """Two ranks load what one does, with the same random numbers."""
+        def places(rank, ranks):
+            for module in ('mmengine.dataset.sampler', 'mmvssm.engine.seeding'):
+                monkeypatch.setattr(f'{module}.get_dist_info', lambda: (rank, ranks))
+            sampler = SeededSampler(dict(type='DefaultSampler'), Numbers(), seed=0)
+            return [(int(place), place.key) for place in sampler]
+
+        one, two = places(0, 1), zip(places(0, 2), places(1, 2), strict=True)
+        assert one == [place for pair in two for place in pair]
+        assert len({key for _, key in one}) == 12
+
+    def test_place_through_a_pipe(self):
+        place = pickle.loads(pickle.dumps(_Place(3, (1, 2))))
+        assert (place, place.key) == (3, (1, 2))
+
+
+class Broken(Numbers):
+    """Sample 5 cannot be loaded: it raises, or ends the process."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def __getitem__(self, index):
+        if index == 5:
+            self.end()
+        return super().__getitem__(index)
+
+    def get_data_info(self, index):
+        return dict(img_path=f'images/{index}.jpg')
+
+
+def fail():
+    raise OSError('broken\nfile')
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_by_another():
+    """As if Slurm sent the signal to all processes of a job."""
+    subprocess.run(['kill', '-TERM', str(os.getpid())], check=True)
+    time.sleep(0.5)
+
+
+def load(end, workers):
+    dataset = Broken(end)
+    loader = DataLoader(dataset, 2, sampler=SeededSampler(dict(type='DefaultSampler'), dataset, seed=0),
+                        num_workers=workers)
+    try:
+        return len(list(loader))
+    except RuntimeError as error:
+        raise explain_dead_worker(error, dataset) from None
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_broken_sample_is_named(workers):
+    with pytest.raises(SampleError) as caught:
+        load(fail, workers)
+    path = os.path.abspath('images/5.jpg')
+    assert str(caught.value) == f'training data: sample 5, {path}: OSError: broken file'
+    assert workers == 0 or 'Traceback' in caught.value.details
+
+
+def test_sample_of_a_dead_worker_is_named():
+    with pytest.raises(TrainingError, match='exited|killed') as caught:
+        load(die, 1)
+    assert f'It was loading sample 5, {os.path.abspath("images/5.jpg")}. Often memory' in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='the system does not tell who sent a signal')
+def test_workers_heed_their_parent_only():
+    assert load(end_by_another, 1) == 6
+
+
+def test_other_errors_are_not_explained():
+    assert explain_dead_worker(RuntimeError('out of memory'), Numbers()) is None

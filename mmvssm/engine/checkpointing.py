@@ -1,0 +1,172 @@
+"""Checkpoints that are whole or not there, and the newest of them found again."""
+import contextlib
+import os
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+from mmengine.runner import find_latest_checkpoint
+
+from .config import TrainingError, UsageError, one_line
+
+#: In the work dir: the checkpoint at which a run was stopped, and from which the next goes on.
+STOPPED = 'stopped'
+#: What that checkpoint's name begins with.
+_STOP = 'stopped_iter'
+#: The ending of a file that is being written.
+_UNFINISHED = '.unfinished'
+
+
+class WholeFileBackend(LocalBackend):
+    """Local files that are the new ones or those from before, whenever the process or the machine stops."""
+
+    def put(self, obj, filepath):
+        write_whole(filepath, obj)
+
+
+def write_files_whole():
+    """Let MMEngine write local files, checkpoints among them, by :class:`WholeFileBackend`."""
+    register_backend('local', WholeFileBackend, force=True, prefixes='')
+
+
+def write_whole(path, data):
+    """Write ``data`` (bytes) to the file ``path``, as :class:`WholeFileBackend` says.
+
+    Raises:
+        OSError: It cannot be written; what was there before still is.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    try:
+        with open(unfinished, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def check_work_dir(folder):
+    """Raise a :class:`~mmvssm.engine.config.UsageError` unless files can be written to ``folder``; it is made."""
+    probe = Path(folder, f'probe-{os.getpid()}')
+    try:
+        write_whole(probe, b'0')
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f'--work-dir: cannot write to {os.path.abspath(folder)}: {one_line(error)}') from None
+
+
+def newest_checkpoint(folder):
+    """The checkpoint to go on from in a work dir, or None.
+
+    It is the one that MMEngine's ``last_checkpoint`` names, or where that is not there any more, or a crash left it
+    empty, the newest by date.
+    """
+    named = find_latest_checkpoint(folder)
+    if named and ('://' in named or os.path.exists(named)):
+        return named
+    files = [file for kind in ('epoch', 'iter', _STOP) for file in Path(folder).glob(f'{kind}_*.pth')]
+    return str(max(files, key=os.path.getmtime)) if files else named or None
+
+
+def stopped_checkpoint(folder):
+    """The checkpoint at which the last run in a work dir was stopped, unless it has been passed since, or None."""
+    marker = Path(folder, STOPPED)
+    path = marker.read_text().strip() if marker.is_file() else ''
+    return path if os.path.exists(path) else None
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook``, with the same arguments, that never leaves less than it found.
+
+    An older checkpoint is deleted after the one in its place is written, and weights that are not finite are not
+    saved, so that the newest checkpoint is always one to go on from. Together with :func:`write_files_whole` that
+    holds for a run that is killed while it saves.
+
+    Raises:
+        TrainingError: A checkpoint cannot be written, or has a weight that is not finite.
+    """
+
+    def before_train(self, runner):
+        super().before_train(runner)
+        if is_main_process() and os.path.isdir(self.out_dir):
+            for unfinished in Path(self.out_dir).glob(f'*.pth{_UNFINISHED}'):  # of a run that was killed
+                unfinished.unlink(missing_ok=True)
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        parameters = {name.removeprefix('module.') for name, _ in runner.model.named_parameters()}
+        for name, value in checkpoint['state_dict'].items():
+            if name in parameters and value.is_floating_point() and not value.isfinite().all():
+                raise TrainingError(f'weights are not finite any more, the first of them {name}; not saved. '
+                                    f'{self._hint(runner)}')
+
+    def save_stop(self, runner, **meta):
+        """Save within an epoch, for the next run to go on from here; returns the file. ``meta``: more of its meta."""
+        name = f'{_STOP}_{runner.iter + 1}.pth'
+        path = os.path.join(self.out_dir, name)
+        with self._removing_later(runner):
+            runner.save_checkpoint(self.out_dir, name, meta=meta, by_epoch=False, backend_args=self.backend_args)
+            if is_main_process():
+                for marker in ('last_checkpoint', STOPPED):
+                    write_whole(os.path.join(runner.work_dir, marker), path.encode())
+        return path
+
+    def _save_checkpoint_with_step(self, runner, step, meta):
+        with self._removing_later(runner):
+            super()._save_checkpoint_with_step(runner, step, meta)
+        marker = Path(runner.work_dir, STOPPED)
+        if is_main_process() and marker.is_file():  # passed by now
+            Path(marker.read_text()).unlink(missing_ok=True)
+            marker.unlink()
+
+    def _save_best_checkpoint(self, runner, metrics):
+        with self._removing_later(runner):
+            super()._save_best_checkpoint(runner, metrics)
+
+    @contextlib.contextmanager
+    def _removing_later(self, runner):
+        """Within, files are not removed before everything is saved."""
+        backend = self.file_backend
+        if isinstance(backend, _RemovingLater):
+            yield
+            return
+        self.file_backend = _RemovingLater(backend)
+        try:
+            yield
+            kept = {self.last_ckpt, getattr(self, 'best_ckpt_path', None)}
+            kept.update(getattr(self, 'best_ckpt_path_dict', {}).values())
+            for remove, path in self.file_backend.removals:
+                if path not in kept:
+                    remove(path)
+        except OSError as error:
+            raise TrainingError(f'checkpoint cannot be written: {one_line(error)}. {self._hint(runner)}') from error
+        finally:
+            self.file_backend = backend
+
+    def _hint(self, runner):
+        newest = newest_checkpoint(runner.work_dir)
+        return f'--resume goes on from {newest}' if newest else 'There is no checkpoint yet'
+
+
+class _RemovingLater:
+    """A file backend that collects what is to be removed."""
+
+    def __init__(self, backend):
+        self._backend = backend
+        self.removals = []
+
+    def remove(self, path):
+        self.removals.append((self._backend.remove, path))
+
+    def rmtree(self, path):
+        self.removals.append((self._backend.rmtree, path))
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)

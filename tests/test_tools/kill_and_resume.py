@@ -1,0 +1,81 @@
+"""Kill a training at random moments, start it again each time, and compare its final state with that of a run that was
+left alone, bit by bit.
+
+    python tests/test_tools/kill_and_resume.py --kills 20
+
+Kills are by SIGKILL, often while a checkpoint is saved, which happens after every iteration here, and by SIGTERM,
+after which the run has to save, exit with status 143 and go on without being told to. `test_safety.py` does the same
+with few kills. Prints a line for each kill; exit status 0 if all were survived and the weights, optimizer, schedules
+and averaged weights are the same.
+"""
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from test_repeatable import Case, differing
+from tool_testing import ROOT
+
+OPTIONS = ['default_hooks.logger.interval=20', 'default_hooks.checkpoint.interval=1',
+           'train_dataloader.num_workers=2', 'train_dataloader.persistent_workers=True']
+
+
+def start(case, work_dir, iterations, *arguments):
+    command = [sys.executable, 'tools/train.py', str(case.config), '--work-dir', str(case.folder / work_dir), '--seed',
+               '3', '--deterministic', *arguments, '--cfg-options', f'data_root={case.folder / "data"}/', *OPTIONS,
+               f'train_cfg.max_iters={iterations}', f'train_cfg.val_interval={iterations}']
+    log = open(case.folder / f'{work_dir}.txt', 'ab')  # noqa: SIM115 - the process writes to it
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def newest_iteration(folder):
+    """That of the newest checkpoint in a folder, 0 without any."""
+    return max((int(path.stem.split('_')[-1]) for path in folder.glob('*iter_*.pth')), default=0)
+
+
+def survive(case, kills, seed=0):
+    """Kill a run ``kills`` times; returns the names of what differs in the end."""
+    chance = random.Random(seed)
+    each = 8
+    iterations = each * (kills + 1)
+    whole = start(case, 'left_alone', iterations)
+    assert whole.wait() == 0, (case.folder / 'left_alone.txt').read_text()[-3000:]
+    folder, told = case.folder / 'killed', True
+    for number in range(1, kills + 1):
+        process = start(case, 'killed', iterations, *(['--resume'] if told else []))
+        # Mostly in training, of which some passes each time, at times before it has begun.
+        early, by = chance.random() < 0.1, chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+        before, began = newest_iteration(folder), time.time()
+        while not early and newest_iteration(folder) < min(before + chance.randint(1, each), iterations - 1):
+            assert process.poll() is None, (case.folder / 'killed.txt').read_text()[-3000:]
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 2 if early else 0.2))
+        process.send_signal(by)
+        status = process.wait()
+        told = status != 143
+        print(f'kill {number}: {by.name} after {time.time() - began:.1f} s, exit status {status}, newest checkpoint '
+              f'{newest_iteration(folder)}', flush=True)
+    assert start(case, 'killed', iterations, *(['--resume'] if told else [])).wait() == 0, (
+        (case.folder / 'killed.txt').read_text()[-3000:])
+    return differing(case.folder / 'left_alone' / f'iter_{iterations}.pth', folder / f'iter_{iterations}.pth')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=20)
+    parser.add_argument('--seed', type=int, default=0, help='of the moments')
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        different = survive(Case(Path(folder), 'det', 'SpatialMamba'), args.kills, args.seed)
+    print(f'{args.kills} of {args.kills} kills survived; ' + (
+        f'different: {", ".join(different[:5])} and {len(different)} in all' if different else
+        'weights, optimizer, schedules and averages are bit-identical'))
+    return 1 if different else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
