@@ -64,12 +64,12 @@ def check_pretrained(cfg):
 def resume_checkpoint(cfg):
     """The checkpoint that training goes on from, or None if it starts anew; it is set in the config.
 
-    A run that was stopped goes on without being told to, unless the config names a checkpoint to start from.
+    A run that was stopped goes on without being told to, also if the config names a checkpoint to start from.
     """
     if cfg.get('resume'):
         path = cfg.get('load_from') or newest_checkpoint(cfg.work_dir)
     else:
-        path = None if cfg.get('load_from') else stopped_checkpoint(cfg.work_dir)
+        path = stopped_checkpoint(cfg.work_dir)
     if path:
         cfg.resume, cfg.load_from = True, path
     return path

@@ -49,8 +49,8 @@ def survive(case, kills, seed=0):
         process = start(case, 'killed', iterations, *(['--resume'] if told else []))
         # Mostly in training, of which some passes each time, at times before it has begun.
         early, by = chance.random() < 0.1, chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-        before, began = newest_iteration(folder), time.time()
-        while not early and newest_iteration(folder) < min(before + chance.randint(1, each), iterations - 1):
+        until, began = min(newest_iteration(folder) + chance.randint(1, each), iterations - 1), time.time()
+        while not early and newest_iteration(folder) < until:
             assert process.poll() is None, (case.folder / 'killed.txt').read_text()[-3000:]
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 2 if early else 0.2))

@@ -28,6 +28,7 @@ from mmvssm.engine.checkpointing import (
     write_whole,
 )
 from mmvssm.engine.config import TrainingError, UsageError
+from mmvssm.engine.data_check import resume_checkpoint
 from mmvssm.engine.finite_hook import FiniteHook
 
 train = load_tool('train')
@@ -288,3 +289,21 @@ def test_broken_image(tmp_path):
 def test_killed(tmp_path):
     """`kill_and_resume.py` with few kills."""
     assert survive(Case(tmp_path, 'det', 'SpatialMamba'), kills=2, seed=1) == []
+
+
+@pytest.mark.parametrize('resume, load_from, expected', [
+    (False, None, 'stopped'), (False, 'start.pth', 'stopped'), (True, None, 'newest'), (True, 'mine.pth', 'mine.pth'),
+])
+def test_what_a_run_goes_on_from(tmp_path, resume, load_from, expected):
+    paths = {name: tmp_path / f'{name}_iter_3.pth' for name in ('stopped', 'newest')}
+    for path, marker in zip(paths.values(), ('stopped', 'last_checkpoint'), strict=True):
+        path.touch()
+        (tmp_path / marker).write_text(str(path))
+    cfg = Config(dict(work_dir=str(tmp_path), resume=resume, load_from=load_from))
+    assert resume_checkpoint(cfg) == cfg.load_from == str(paths.get(expected, expected))
+    assert cfg.resume
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    for resume in (True, False):
+        assert resume_checkpoint(Config(dict(work_dir=str(tmp_path), resume=resume, load_from=None))) is None
