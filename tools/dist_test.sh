@@ -2,6 +2,8 @@
 # usage: dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]
 #
 # Evaluate on GPUS GPUs of this machine; for several machines see dist_train.sh.
+
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/launch.sh"
 need 3 "$@"
 need_file CONFIG "$1"

@@ -2,12 +2,13 @@
 # shellcheck shell=bash
 set -euo pipefail
 
+# shellcheck disable=SC2034  # the scripts use it
 TOOLS=$(dirname "${BASH_SOURCE[0]}")
 PYTHON=${PYTHON:-python}
 
 # Prints the comment at the top of the script that was called.
 usage() {
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
 stop() {
@@ -46,7 +47,7 @@ with_torchrun() {
         place=(--standalone)  # on a free port
     else
         [[ -n ${MASTER_ADDR:-} ]] || stop "MASTER_ADDR must be the address of node 0, as NNODES=$nodes"
-        [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((NODE_RANK < nodes)) \
+        [[ ${NODE_RANK:-} =~ ^[0-9]+$ && ${NODE_RANK:-} -lt $nodes ]] \
             || stop "NODE_RANK must be a number from 0 to $((nodes - 1)), as NNODES=$nodes, got '${NODE_RANK:-}'"
         need_number PORT "${PORT:-29500}"
         place=(--nnodes="$nodes" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${PORT:-29500}")

@@ -4,6 +4,8 @@
 # Train by Slurm. In the environment: GPUS (all of them, default 8), GPUS_PER_NODE (8, or GPUS if that is less),
 # CPUS_PER_TASK (8), SRUN_ARGS (more arguments of srun, split at blanks), PORT (default: one at random).
 # A job that was stopped and is started again goes on from its latest checkpoint.
+
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/launch.sh"
 need 3 "$@"
 need_file CONFIG "$3"

@@ -205,7 +205,6 @@ class VisionSSM(BaseModule):
     def _to_own_names(self, state_dict, prefix):
         """Fit what the authors' classifiers and dense models name differently or have besides. Anything else
         is left alone, for the caller to report."""
-        own = {prefix + name: value for name, value in self.state_dict().items()}
         final_norm, head = (prefix + p for p in self.classifier_prefixes)
         last = f'{prefix}outnorm{len(self.depths) - 1}.'
         norms = [name for name in state_dict if name.startswith(f'{prefix}outnorm')]
@@ -226,10 +225,12 @@ class VisionSSM(BaseModule):
             del state_dict[name]
         fresh = []
         if is_classifier:
-            fresh = [name for name in own if name[len(prefix):].startswith('outnorm')
-                     and name not in state_dict]
+            # Not this module's state_dict(), which FSDP allows for the whole model only.
+            own = {f'{prefix}outnorm{i}.{name}': value for i in self.out_indices
+                   for name, value in getattr(self, f'outnorm{i}').named_parameters()}
+            fresh = [name for name in own if name not in state_dict]
             for name in fresh:
-                state_dict[name] = own[name]
+                state_dict[name] = own[name].detach()
         for what, names in (('not used', dropped), ('kept as initialised', fresh)):
             if names:
                 print_log(f"{type(self).__name__}: {what}: {', '.join(names)}", logger='current')
