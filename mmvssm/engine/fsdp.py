@@ -45,7 +45,7 @@ class ResumableFSDPStrategy(FSDPStrategy):
         return state
 
     def load_optim_state_dict(self, state_dict):
-        base = state_dict.pop('base_param_settings')
+        base = state_dict.pop('base_param_settings', None)
         state = FullyShardedDataParallel.optim_state_dict_to_load(
             self.model, self.optim_wrapper.optimizer, state_dict)
         self.optim_wrapper.load_state_dict(dict(state, base_param_settings=base))
