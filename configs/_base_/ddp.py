@@ -1,8 +1,10 @@
 # How gradients are exchanged between GPUs; without --launcher nothing of this is used.
 model_wrapper_cfg = dict(
     type='MMDistributedDataParallel',
-    # Every parameter takes part in every step, the same way each time; nothing has to be searched.
+    # Every parameter takes part in every step; nothing has to be searched.
     find_unused_parameters=False,
+    # The same way each time. PyTorch cannot learn that from a step without an exchange: where gradients are
+    # accumulated (optim_wrapper.accumulative_counts) this must be False.
     static_graph=True,
     # Gradients lie where they are exchanged, which saves their copy.
     gradient_as_bucket_view=True,
