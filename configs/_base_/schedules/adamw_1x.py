@@ -17,6 +17,7 @@ param_scheduler = [
 
 optim_wrapper = dict(
     type='OptimWrapper',
+    constructor='MergedOptimWrapperConstructor',
     paramwise_cfg=dict(norm_decay_mult=0.0),
     optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05))
 

@@ -13,6 +13,7 @@ param_scheduler = [
 
 optim_wrapper = dict(
     type='OptimWrapper',
+    constructor='MergedOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=0.001, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
     # No decay for 1-D tensors, which most biases are, and for the biases of QuadMamba's stacked projections.
     paramwise_cfg=dict(flat_decay_mult=0.0, custom_keys=dict(dt_projs_bias=dict(decay_mult=0.0))),

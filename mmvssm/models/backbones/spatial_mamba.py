@@ -200,7 +200,8 @@ class SpatialMamba(VisionSSM):
             the published one: 0.2, 0.3, 0.5 for tiny, small, base; 0 for a dict without it. Default None.
         d_state (int): states per channel; the publication has 1. Default 1.
         mlp_ratio (float): hidden over outer width of the MLPs. Default 4.0.
-        with_cp (bool): gradient checkpointing by block: less memory, one more forward. Default False.
+        with_cp (bool | Sequence[int]): gradient checkpointing by block: less memory, one more forward. True for all
+            stages, or the numbers of some: the first have the largest maps. Default False.
         frozen_stages (int): -1 none, 0 the stem, i > 0 the stem and the first i stages with their
             downsamplings. Default -1.
         norm_eval (bool): keep BatchNorm in eval mode when training. Default False.
@@ -237,7 +238,7 @@ class SpatialMamba(VisionSSM):
         self.reset_parameters()
         self.train()
 
-    def run_blocks(self, blocks, x):
+    def run_blocks(self, blocks, x, with_cp):
         if blocks is self.layers[0].blocks and not torch.compiler.is_compiling():
             fused.compile_kernels(self.layers, x)
-        return super().run_blocks(blocks, x)
+        return super().run_blocks(blocks, x, with_cp)

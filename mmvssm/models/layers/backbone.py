@@ -72,10 +72,18 @@ class VisionSSM(BaseModule):
             raise ValueError(f'{name}: frozen_stages={frozen_stages!r}, expected -1 (none), 0 (stem) to '
                              f'{self.num_stages} (stem and all stages)')
         self.frozen_stages = frozen_stages
-        self.with_cp = with_cp
+        self.checkpointed_stages = self._stages_with_cp(with_cp)
         self.norm_eval = norm_eval
         #: Channels of each returned map.
         self.out_channels = tuple(self.embed_dims * 2**i for i in out_indices)
+
+    def _stages_with_cp(self, with_cp):
+        if isinstance(with_cp, bool):
+            return frozenset(range(self.num_stages) if with_cp else ())
+        if not isinstance(with_cp, Sequence) or not all(type(i) is int and 0 <= i < self.num_stages for i in with_cp):
+            raise ValueError(f'{type(self).__name__}: with_cp={with_cp!r}, expected True, False or a sequence of stage '
+                             f'numbers in 0..{self.num_stages - 1}')
+        return frozenset(with_cp)
 
     def parse_arch(self, arch):
         """``arch`` as dict(embed_dims, depths, ...); raises ValueError for what is not one."""
@@ -147,6 +155,32 @@ class VisionSSM(BaseModule):
         except RuntimeError as error:
             raise RuntimeError(f"checkpoint '{checkpoint}' does not fit: {error}") from None
 
+    def get_layer_depth(self, param_name, prefix=''):
+        """How deep a parameter is, for learning rates that decay by layer; MMPretrain's convention.
+
+        The stem has depth 0, blocks count from 1 through all stages, and a downsampling has the depth of the block that
+        it feeds. Output norms start fresh where a dense model takes ImageNet weights, so they count as the heads do:
+        with the greatest depth, ``num_layers - 1``.
+
+        Args:
+            param_name (str): as in ``named_parameters`` of the backbone or of the model around it.
+            prefix (str): what the backbone's names start with, e.g. 'backbone.'; other names are of what follows it.
+                Default ''.
+
+        Returns:
+            tuple[int, int]: the depth and ``num_layers``, the number of different depths.
+        """
+        depths = self.depths[:self.num_stages]
+        num_layers = sum(depths) + 2
+        part, *path = param_name.removeprefix(prefix).split('.')
+        if not param_name.startswith(prefix) or part not in ('patch_embed', 'layers'):
+            return num_layers - 1, num_layers
+        if part == 'patch_embed':
+            return 0, num_layers
+        stage, kind, block = path[:3]
+        blocks_before = sum(depths[:int(stage)])
+        return blocks_before + 1 + (int(block) if kind == 'blocks' else depths[int(stage)]), num_layers
+
     def reset_parameters(self):
         """Draw all weights afresh, from PyTorch's generator: linear layers from a truncated normal distribution,
         the rest as each module says."""
@@ -171,7 +205,6 @@ class VisionSSM(BaseModule):
     def _to_own_names(self, state_dict, prefix):
         """Fit what the authors' classifiers and dense models name differently or have besides. Anything else
         is left alone, for the caller to report."""
-        own = {prefix + name: value for name, value in self.state_dict().items()}
         final_norm, head = (prefix + p for p in self.classifier_prefixes)
         last = f'{prefix}outnorm{len(self.depths) - 1}.'
         norms = [name for name in state_dict if name.startswith(f'{prefix}outnorm')]
@@ -192,10 +225,12 @@ class VisionSSM(BaseModule):
             del state_dict[name]
         fresh = []
         if is_classifier:
-            fresh = [name for name in own if name[len(prefix):].startswith('outnorm')
-                     and name not in state_dict]
+            # Not this module's state_dict(), which FSDP allows for the whole model only.
+            own = {f'{prefix}outnorm{i}.{name}': value for i in self.out_indices
+                   for name, value in getattr(self, f'outnorm{i}').named_parameters()}
+            fresh = [name for name in own if name not in state_dict]
             for name in fresh:
-                state_dict[name] = own[name]
+                state_dict[name] = own[name].detach()
         for what, names in (('not used', dropped), ('kept as initialised', fresh)):
             if names:
                 print_log(f"{type(self).__name__}: {what}: {', '.join(names)}", logger='current')
@@ -223,24 +258,21 @@ class VisionSSM(BaseModule):
         outputs = []
         for i, layer in enumerate(self.layers):
             x = x.permute(0, 2, 3, 1)
-            x = self.run_blocks(layer.blocks, x)
+            x = self.run_blocks(layer.blocks, x, i in self.checkpointed_stages)
             if i in self.out_indices:
                 outputs.append(getattr(self, f'outnorm{i}')(x).permute(0, 3, 1, 2))
             x = layer.downsample(x.permute(0, 3, 1, 2))
         return tuple(outputs)
 
-    def run_blocks(self, blocks, x):
+    def run_blocks(self, blocks, x, with_cp):
         """The blocks of one stage, on maps (B, H, W, C). A block leaves it to the next to add its last branch."""
         branch = scale = None
         for block in blocks:
-            x, branch, scale = self.run(block, x, branch, scale)
+            if with_cp and x.requires_grad:
+                x, branch, scale = recompute(block, x, branch, scale, use_reentrant=False)
+            else:
+                x, branch, scale = block(x, branch, scale)
         return x if branch is None else add_branch(x, branch, scale)
-
-    def run(self, block, x, *args):
-        """``block(x, *args)``, with gradient checkpointing where it is asked for."""
-        if self.with_cp and x.requires_grad:
-            return recompute(block, x, *args, use_reentrant=False)
-        return block(x, *args)
 
     def _check_input(self, x):
         name, weight = type(self).__name__, next(self.parameters())
