@@ -17,14 +17,13 @@ from mmvssm.engine.config import (
     check_backend,
     import_modules,
     is_main_rank,
-    keep_boxes_fp32,
     load_config,
     one_line_errors,
     set_amp,
     type_name,
 )
 from mmvssm.engine.data_check import check_checkpoint, check_data
-from mmvssm.engine.hooks import StrictLoadingHook
+from mmvssm.engine.hooks import FloatBoxesHook, StrictLoadingHook
 
 SEG_TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
@@ -198,7 +197,7 @@ def main(argv=None):
     for note in filter(None, notes):
         runner.logger.info(note)
     if args.amp:
-        keep_boxes_fp32(runner.model)
+        runner.register_hook(FloatBoxesHook())
     runner.register_hook(StrictLoadingHook())
     if args.tta and type_name(cfg.model) == 'DetTTAModel':
         runner.register_hook(BoxesOnlyHook())

@@ -14,7 +14,6 @@ from mmvssm.engine.config import (
     check_backend,
     import_modules,
     is_main_rank,
-    keep_boxes_fp32,
     load_config,
     one_line_errors,
     set_amp,
@@ -22,7 +21,7 @@ from mmvssm.engine.config import (
 )
 from mmvssm.engine.data_check import check_data, check_load_from, check_pretrained, resume_checkpoint
 from mmvssm.engine.finite_hook import FiniteHook
-from mmvssm.engine.hooks import PartialLoadingHook, StrictLoadingHook
+from mmvssm.engine.hooks import FloatBoxesHook, PartialLoadingHook, StrictLoadingHook
 from mmvssm.engine.label_hook import LabelRangeHook
 from mmvssm.engine.seeding import IterationSeedHook, SampleError, explain_dead_worker
 from mmvssm.engine.stopping import STOPPED_STATUS, ResumeHook, StopHook, TrainingStopped
@@ -93,16 +92,31 @@ def main(argv=None):
         check_load_from(cfg, resumed)
 
     make_resumable(cfg)
+    notes.append(allow_accumulation(cfg))
     write_files_whole()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     for note in filter(None, notes):
         runner.logger.info(note)
     if args.amp:
-        keep_boxes_fp32(runner.model)
+        runner.register_hook(FloatBoxesHook())
     for hook in (LabelRangeHook(), IterationSeedHook(), ResumeHook(), FiniteHook(), StopHook(),
                  StrictLoadingHook() if cfg.get('resume') else PartialLoadingHook()):
         runner.register_hook(hook)
     train(runner)
+
+
+def allow_accumulation(cfg):
+    """Take back DDP's static graph where gradients are accumulated: PyTorch cannot learn it from a step without an
+    exchange.
+
+    Returns:
+        str: What was changed.
+    """
+    wrapper = cfg.get('model_wrapper_cfg') or {}
+    if cfg.optim_wrapper.get('accumulative_counts', 1) == 1 or not wrapper.get('static_graph'):
+        return ''
+    wrapper.static_graph = False
+    return 'model_wrapper_cfg.static_graph=False, since gradients are accumulated'
 
 
 def make_resumable(cfg):

@@ -1,4 +1,4 @@
-# Hooks, logs and visualizer for MMSegmentation; the three newest checkpoints are kept.
+# Hooks, logs and visualizer for MMSegmentation; the three newest checkpoints and the best are kept.
 _base_ = './ddp.py'
 
 default_scope = 'mmseg'
@@ -6,7 +6,7 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=3),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=3, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'))
 env_cfg = dict(

@@ -1,21 +1,34 @@
-"""Hooks that refuse a checkpoint which would leave the model with random weights."""
+"""Hooks of the command-line tools: they refuse a checkpoint which would leave the model with random weights, and keep
+boxes exact under mixed precision."""
 import re
 from collections import OrderedDict
 
 from mmengine.hooks import Hook
 from mmengine.runner import load_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
 from mmvssm.models.layers.backbone import VisionSSM
 
-from .config import UsageError, one_line
+from .config import UsageError, keep_boxes_fp32, one_line
+
+
+class FloatBoxesHook(Hook):
+    """Apply :func:`~mmvssm.engine.config.keep_boxes_fp32` to the model, which some runners build late."""
+
+    def before_run(self, runner):
+        keep_boxes_fp32(runner.model)
 
 
 class StrictLoadingHook(Hook):
     """Refuse a checkpoint that does not fit, which the Runner would fill up with random weights."""
 
     def after_load_checkpoint(self, runner, checkpoint):
+        model, weights = runner.model, _weights(checkpoint)
         try:
-            load_state_dict(runner.model, _weights(checkpoint), strict=True)
+            if isinstance(model, FullyShardedDataParallel):  # MMEngine's function would take the wrappers off
+                model.load_state_dict(weights)
+            else:
+                load_state_dict(model, weights, strict=True)
         except RuntimeError as error:
             raise UsageError(f'checkpoint is not one of this model: {one_line(error)}') from None
 
@@ -33,7 +46,7 @@ class PartialLoadingHook(Hook):
         given = _weights(checkpoint)
         if isinstance(getattr(model, 'backbone', None), VisionSSM):
             model.backbone._to_own_names(given, 'backbone.')
-        state = model.state_dict()
+        state = _whole_state(runner.model)
         own = {name: value.shape for name, value in state.items()
                if not name.endswith('num_batches_tracked')}
         fitting = {name for name, shape in own.items() if getattr(given.get(name), 'shape', None) == shape}
@@ -54,6 +67,16 @@ class PartialLoadingHook(Hook):
         unused = ', '.join(name for name in given if name not in state)
         if unused:
             runner.logger.warning(f'load_from: not in the model: {unused}')
+
+
+def _whole_state(model):
+    """The weights of a model by name; those of FSDP as a whole."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+            return model.state_dict()
+    while hasattr(model, 'module'):
+        model = model.module
+    return model.state_dict()
 
 
 def _weights(checkpoint):

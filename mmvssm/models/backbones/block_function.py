@@ -34,8 +34,10 @@ def untouched(modules):
 
 
 def are_plain(parameters):
-    """Whether these are parameters and nothing that looks like one."""
-    return _PLAIN.issuperset(map(type, parameters))
+    """Whether these are parameters and nothing that looks like one. FSDP's are plain tensors, which the second pass of
+    checkpointing does not find in the modules: both passes call these, then."""
+    kinds = set(map(type, parameters))
+    return kinds == {nn.Parameter} or kinds <= _PLAIN and not _saving_is_watched()
 
 
 def fits(x, branch, scale, parameters, dim, cast):
