@@ -40,7 +40,7 @@ from mmvssm.kernels import (
 )
 from mmvssm.kernels._core.backends import choose
 from mmvssm.kernels._core.cases import lay_out
-from mmvssm.kernels.selective_scan.composed import _Recurrence
+from mmvssm.kernels._core.recurrence import Recurrence
 from mmvssm.models.backbones import QuadMamba, SpatialMamba
 
 ROOT = Path(__file__).parents[2]
@@ -375,7 +375,7 @@ def functions_of(room, cases, case, order=None):
         return lambda t: residual_conv_norm(**t), lambda t: cases.reference(case, t).unbind(0)
     if room == 'selective_scan':  # by steps a long map would take minutes
         return (lambda t: (cases.operator(case, {**t, 'order': order}),),
-                lambda t: (selective_scan_reference(**t, order=order, recurrence=_Recurrence.apply),))
+                lambda t: (selective_scan_reference(**t, order=order, recurrence=Recurrence.apply),))
     return lambda t: (cases.operator(case, t),), lambda t: (cases.reference(case, t),)
 
 
