@@ -63,7 +63,7 @@ class Run:
     """One call of the kernels. ``processors``: multiprocessors of the GPU, which decide into how many segments the
     sequence is cut; ``descending``: the order of threads."""
 
-    def __init__(self, library, processors=1, descending=False, softplus=False, **tensors):
+    def __init__(self, library, processors=0, descending=False, softplus=False, **tensors):
         self.library, self.processors, self.descending = library, processors, descending
         self.tensors, self.guarded = tensors, []
         u, A = tensors['u'], tensors['A']

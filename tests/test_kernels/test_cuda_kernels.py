@@ -1,16 +1,28 @@
 """The CUDA kernels of selective_scan_fn where there is no GPU: run on the CPU by an emulator, compiled by nvcc."""
+import pathlib
+import re
 import shutil
+import subprocess
 
 import emulated_scan
 import pytest
 import torch
 from kernel_testing import cotangent_like, evaluate, room
 
+import mmvssm.kernels
 from mmvssm.kernels._core.cases import relative_error
 from mmvssm.kernels.selective_scan_fn.ops import CHUNK
 
-CASES = room('selective_scan_fn', 'cases')
-WALKED = 'u', 'delta', 'z'
+cases = room('selective_scan_fn', 'cases')
+Case, CASES = cases.Case, cases.CASES
+SOURCES = pathlib.Path(mmvssm.kernels.__file__).resolve().parent / 'selective_scan_fn' / 'csrc' / 'cuda'
+#: Of 8 steps of float32, 16-byte accesses do for 256 and 300 steps, 8-byte ones for 70; of bfloat16, those for 196.
+EXTRA = {case.name: case for case in (
+    Case('vim', batch=1, dim=3, length=196, d_state=16),
+    Case('length_70', batch=1, length=70, options='D softplus'),
+    Case('segments', batch=1, dim=4, length=1500, d_state=2),
+    Case('segments-constant', batch=2, dim=2, length=800, d_state=2, B='constant', options='bias softplus'),
+)}
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +34,7 @@ def library(tmp_path_factory):
 
 def prepared(case, dtype):
     """Inputs of ``case`` as the extension hands them to the kernels: parameters in float32, groups, adjacent steps."""
-    tensors = CASES.inputs(case, dtype)
+    tensors = cases.inputs(case, dtype)
     for name, t in tensors.items():
         if t is not None and t.dim() < 3:
             tensors[name] = t.float().contiguous()
@@ -34,33 +46,72 @@ def prepared(case, dtype):
 def run(library, case, tensors, cotangent, **options):
     kernels = emulated_scan.Run(library, softplus='softplus' in case.options, **options, **tensors)
     output = kernels.forward().clone()
-    return kernels, dict(output=output, **kernels.backward(cotangent))
+    segments = kernels.args.plan.segments
+    results = dict(output=output, **kernels.backward(cotangent))
+    return results, (segments, kernels.args.plan.segments)
 
 
-def check(library, case, dtype, **options):
+def check(library, case, dtype, cotangent=None, **options):
+    """All results are right, and the same in another order of threads. Returns the segments of both passes."""
     tensors = prepared(case, dtype)
     wide = {name: None if t is None else t.double() for name, t in tensors.items()}
-    cotangent = cotangent_like(tensors['u'], case.name)
-    expected = evaluate(CASES.reference, case, wide, cotangent=cotangent.double())
-    kernels, got = run(library, case, tensors, cotangent, **options)
+    cotangent = cotangent_like(tensors['u'], case.name) if cotangent is None else cotangent
+    expected = evaluate(cases.reference, case, wide, cotangent=cotangent.double())
+    got, segments = run(library, case, tensors, cotangent, **options)
     assert got.keys() == expected.keys()
     for name, t in got.items():
-        tolerance = CASES.TOLERANCES[t.dtype][name]
+        tolerance = cases.TOLERANCES[t.dtype][name]
         error = relative_error(t, expected[name])
         assert error <= tolerance, f'{name}: relative error {error:.1e}, allowed {tolerance:.0e}'
-    again = run(library, case, tensors, cotangent, descending=True, **options)[1]
+    again, _ = run(library, case, tensors, cotangent, descending=True, **options)
     assert all(torch.equal(again[name], got[name]) for name in got), 'the order of threads matters'
-    return kernels.args.plan
+    return segments
 
 
-Case = CASES.Case
-SHAPES = [case for case in CASES.CASES.values() if case.layout == 'contiguous' and case.batch]
+@pytest.mark.parametrize('name', [name for name, case in CASES.items() if case.layout == 'contiguous' and case.batch]
+                         + ['length_70'])
+def test_float32(name, library):
+    assert check(library, {**CASES, **EXTRA}[name], torch.float32) == (1, 1)
 
 
-@pytest.mark.parametrize('case', SHAPES, ids=lambda case: case.name)
-def test_float32(case, library):
-    check(library, case, torch.float32)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
+@pytest.mark.parametrize('name', ['tiny', 'constant_B', 'length_256', 'vim', 'large_steps'])
+def test_half_precision(name, dtype, library):
+    check(library, {**CASES, **EXTRA}[name], dtype)
 
 
-def test_chunk(library):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', ['half', 'expanded'])
+def test_strides(name, dtype, library):
+    case = CASES[name]
+    shape = case.batch, case.dim, case.length
+    cotangent = cotangent_like(torch.empty(shape[1], shape[0], shape[2], dtype=dtype), name).transpose(0, 1)
+    check(library, case, dtype, cotangent)
+
+
+@pytest.mark.parametrize('name, processors, segments', [
+    ('length_1000', 1, (4, 2)), ('length_1000', 100, (4, 4)), ('segments', 1, (3, 2)), ('segments', 2, (6, 3)),
+    ('segments-constant', 1, (2, 2)), ('segments-constant', 100, (4, 4))])
+def test_segments(name, processors, segments, library):
+    """A GPU of many multiprocessors has too few channels of these: the sequence is shared out as well."""
+    assert check(library, {**CASES, **EXTRA}[name], torch.float32, processors=processors) == segments
+
+
+def test_chunk():
     assert emulated_scan.CHUNK == CHUNK
+
+
+@pytest.mark.parametrize('architecture', ['sm_80', 'sm_90'])
+def test_compiles_without_spills(architecture, tmp_path):
+    """Registers hold everything: 128 at most, so that a multiprocessor has 16 warps."""
+    if not shutil.which('nvcc'):
+        pytest.skip('nvcc is not there to compile the kernels')
+    for name in 'forward', 'backward':
+        done = subprocess.run(['nvcc', '-std=c++17', '-O3', f'-arch={architecture}', '-cubin', '-Xptxas', '-v',
+                               SOURCES / f'{name}.cu', '-o', tmp_path / name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        registers = [int(n) for n in re.findall(r'Used (\d+) registers', done.stderr)]
+        spills = re.findall(r'(\d+) bytes spill', done.stderr)
+        assert len(registers) == dict(forward=12, backward=15)[name]
+        assert max(registers) <= 128
+        assert not any(map(int, spills)), done.stderr
