@@ -20,6 +20,7 @@ SOURCES = pathlib.Path(mmvssm.kernels.__file__).resolve().parent / 'selective_sc
 EXTRA = {case.name: case for case in (
     Case('vim', batch=1, dim=3, length=196, d_state=16),
     Case('length_70', batch=1, length=70, options='D softplus'),
+    Case('turns', batch=1, dim=20, length=300, d_state=2),
     Case('segments', batch=1, dim=4, length=1500, d_state=2),
     Case('segments-constant', batch=2, dim=2, length=800, d_state=2, B='constant', options='bias softplus'),
 )}
@@ -48,16 +49,17 @@ def run(library, case, tensors, cotangent, **options):
     output = kernels.forward().clone()
     segments = kernels.args.plan.segments
     results = dict(output=output, **kernels.backward(cotangent))
-    return results, (segments, kernels.args.plan.segments)
+    return results, (segments, kernels.args.plan.segments, kernels.args.plan.turns)
 
 
 def check(library, case, dtype, cotangent=None, **options):
-    """All results are right, and the same in another order of threads. Returns the segments of both passes."""
+    """All results are right, and the same in another order of threads. Returns the segments of both passes and the turns
+    of backward."""
     tensors = prepared(case, dtype)
     wide = {name: None if t is None else t.double() for name, t in tensors.items()}
     cotangent = cotangent_like(tensors['u'], case.name) if cotangent is None else cotangent
     expected = evaluate(cases.reference, case, wide, cotangent=cotangent.double())
-    got, segments = run(library, case, tensors, cotangent, **options)
+    got, cut = run(library, case, tensors, cotangent, **options)
     assert got.keys() == expected.keys()
     for name, t in got.items():
         tolerance = cases.TOLERANCES[t.dtype][name]
@@ -65,13 +67,13 @@ def check(library, case, dtype, cotangent=None, **options):
         assert error <= tolerance, f'{name}: relative error {error:.1e}, allowed {tolerance:.0e}'
     again, _ = run(library, case, tensors, cotangent, descending=True, **options)
     assert all(torch.equal(again[name], got[name]) for name in got), 'the order of threads matters'
-    return segments
+    return cut
 
 
 @pytest.mark.parametrize('name', [name for name, case in CASES.items() if case.layout == 'contiguous' and case.batch]
-                         + ['length_70'])
+                         + ['length_70', 'turns'])
 def test_float32(name, library):
-    assert check(library, {**CASES, **EXTRA}[name], torch.float32) == (1, 1)
+    assert check(library, {**CASES, **EXTRA}[name], torch.float32) == (1, 1, 3 if name == 'turns' else 1)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
@@ -94,7 +96,7 @@ def test_strides(name, dtype, library):
     ('segments-constant', 1, (2, 2)), ('segments-constant', 100, (4, 4))])
 def test_segments(name, processors, segments, library):
     """A GPU of many multiprocessors has too few channels of these: the sequence is shared out as well."""
-    assert check(library, {**CASES, **EXTRA}[name], torch.float32, processors=processors) == segments
+    assert check(library, {**CASES, **EXTRA}[name], torch.float32, processors=processors) == (*segments, 1)
 
 
 def test_chunk():

@@ -36,7 +36,8 @@ struct Projection {
 // How the work is cut, by launch.h.
 struct Plan {
   int32_t warps;       // of a block of threads
-  int32_t rows;        // channels of a warp
+  int32_t rows;        // channels of a warp, at a time
+  int32_t turns;       // in which a warp takes as many, in backward
   int32_t span;        // consecutive channels that share B and C
   int32_t span_blocks; // blocks of threads that share out a span
   int32_t blocks;      // those of an image

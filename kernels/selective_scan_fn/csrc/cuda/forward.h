@@ -1,7 +1,7 @@
 // Forward. A warp has one or two channels and walks the chunks of a segment. A thread has eight consecutive steps of a
-// chunk: for each state it runs the recurrence over them from zero, the lanes exchange what they found, and it runs again
-// from the right state. One exponential per step and state. B and C of a chunk are in shared memory for all channels of
-// the block.
+// chunk: for each state it runs the recurrence over them from zero, the lanes exchange what they found, and it runs
+// again from the right state. One exponential per step and state. B and C of a chunk are in shared memory for all
+// channels of the block.
 #pragma once
 #include "warp.h"
 
@@ -13,7 +13,8 @@ inline int forward_shared(const Plan& plan, int d_state) {
   return 2 * kStates * kChunk + 2 * plan.warps * plan.rows * d_state;
 }
 
-// Rows: channels of a warp; with more than one neither B nor C is constant. Summary: only what a segment does to a state.
+// Rows: channels of a warp; with more than one neither B nor C is constant. Summary: only what a segment does to a
+// state.
 template <typename T, int Rows, bool Summary>
 __global__ void __launch_bounds__(4 * kLanes, 4) scan_forward(const Args<T> a) {
   MMVSSM_SHARED(shared);
@@ -108,38 +109,40 @@ __global__ void __launch_bounds__(4 * kLanes, 4) scan_forward(const Args<T> a) {
 #pragma unroll
           for (int r = 0; r < Rows; ++r) carry[r * N + n] = state[r];
         }
-        if (Summary) continue;
-        if (C_varies) {
-          read_chunk(C + i_state * kChunk, lane, c);
-        } else {
-          const float constant = a.C.constant[int64_t(place.channel) * N + n];
+        if constexpr (!Summary) {
+          if (C_varies) {
+            read_chunk(C + i_state * kChunk, lane, c);
+          } else {
+            const float constant = a.C.constant[int64_t(place.channel) * N + n];
 #pragma unroll
-          for (int i = 0; i < kSteps; ++i) c[i] = constant;
-        }
+            for (int i = 0; i < kSteps; ++i) c[i] = constant;
+          }
 #pragma unroll
-        for (int r = 0; r < Rows; ++r) {
-          float h = __shfl_up_sync(kAll, state[r], 1);
-          h = lane == 0 ? start[r] : h;
+          for (int r = 0; r < Rows; ++r) {
+            float h = __shfl_up_sync(kAll, state[r], 1);
+            h = lane == 0 ? start[r] : h;
 #pragma unroll
-          for (int i = 0; i < kSteps; ++i) {
-            h = fmaf(decay[r][i], h, add[r][i]);
-            y[r][i] = fmaf(c[i], h, y[r][i]);
+            for (int i = 0; i < kSteps; ++i) {
+              h = fmaf(decay[r][i], h, add[r][i]);
+              y[r][i] = fmaf(c[i], h, y[r][i]);
+            }
           }
         }
       }
     }
 
-    if (Summary) continue;
+    if constexpr (!Summary) {
 #pragma unroll
-    for (int r = 0; r < Rows; ++r) {
-      const int count = place.steps(a, r, chunk);
-      if (a.z.data) {
-        float z[kSteps];
-        load_steps(place.at(a.z, r, chunk), count, a.alignment, z);
+      for (int r = 0; r < Rows; ++r) {
+        const int count = place.steps(a, r, chunk);
+        if (a.z.data) {
+          float z[kSteps];
+          load_steps(place.at(a.z, r, chunk), count, a.alignment, z);
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) y[r][i] *= z[i] * sigmoid(z[i]);
+          for (int i = 0; i < kSteps; ++i) y[r][i] *= z[i] * sigmoid(z[i]);
+        }
+        store_steps(a.out + place.step(a, r, chunk), count, a.alignment, y[r]);
       }
-      store_steps(a.out + place.step(a, r, chunk), count, a.alignment, y[r]);
     }
   }
 

@@ -1,4 +1,4 @@
-// What op.cpp calls, for T float, bfloat16, float16. It is compiled without CUDA's compiler, and launch.h without PyTorch.
+// What op.cpp calls, for T float, bfloat16, float16: the one is compiled without nvcc, the others without PyTorch.
 #pragma once
 #include <cuda_runtime_api.h>
 

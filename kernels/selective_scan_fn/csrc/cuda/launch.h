@@ -1,7 +1,8 @@
-// How the work is cut, and the launches. `launch(kernel, blocks, threads, floats of shared memory, stream, args)` is what
-// starts a kernel: below for a GPU, in the tests on the CPU.
+// How the work is cut, and the launches. `launch(kernel, blocks, threads, floats of shared memory, stream, args)` starts
+// a kernel: below on a GPU, in the tests on the CPU.
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -35,6 +36,9 @@ constexpr int kForwardWarps = 4, kManyStates = 64;
 // Warps that one multiprocessor should have before the sequence is cut no further.
 constexpr int kEnoughWarps = 8;
 
+// Turns in which a block of backward takes its channels, at most; fewer of many states.
+constexpr int kMostTurns = 4;
+
 // Spans of channels over warps and blocks; the sequence over segments where that makes few warps, which costs a pass
 // over all but the last (in backward: the first) of them.
 template <typename T>
@@ -42,6 +46,7 @@ Plan plan_for(const Args<T>& a, int most_warps, int rows, int processors) {
   Plan plan{};
   plan.span = std::gcd(a.B.span, a.C.span);
   plan.rows = std::min(rows, plan.span);
+  plan.turns = 1;
   const int needed = quotient_up(plan.span, plan.rows);
   plan.warps = std::min(needed, a.d_state > kManyStates ? std::min(most_warps, 4) : most_warps);
   plan.span_blocks = quotient_up(needed, plan.warps);
@@ -60,9 +65,22 @@ Plan plan_forward(const Args<T>& a, int processors) {
   return plan_for(a, kForwardWarps, varying ? 2 : 1, processors);
 }
 
+// Blocks leave one sum each for B and C in memory. As many turns as cost no time: a GPU takes two blocks per
+// multiprocessor at once, and waits for the last.
 template <typename T>
 Plan plan_backward(const Args<T>& a, int processors) {
-  return plan_for(a, kBackwardWarps, 1, processors);
+  Plan plan = plan_for(a, kBackwardWarps, 1, processors);
+  if (plan.segments > 1) return plan;
+  const int spans = a.dim / plan.span, blocks = plan.span_blocks, at_once = std::max(1, 2 * processors);
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int turns = 1; turns <= kMostTurns && (turns == 1 || turns * a.d_state <= kManyStates); ++turns) {
+    const int span_blocks = quotient_up(blocks, turns);
+    const int64_t time = int64_t(quotient_up(int64_t(a.batch) * spans * span_blocks, at_once)) * turns;
+    if (time > least) continue;
+    least = time;
+    plan.turns = turns, plan.span_blocks = span_blocks, plan.blocks = spans * span_blocks;
+  }
+  return plan;
 }
 
 template <typename T, int Rows>

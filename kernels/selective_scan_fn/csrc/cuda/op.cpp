@@ -15,8 +15,8 @@ using at::Tensor;
 using scan::kChunk;
 using MaybeTensor = std::optional<Tensor>;
 
-// The tensors of a call as the kernels read them: u, delta, z and varying B and C in one precision with adjacent steps, the
-// others dense in float32.
+// The tensors of a call as the kernels read them: u, delta, z and varying B and C in one precision with adjacent steps,
+// the others dense in float32.
 struct Inputs {
   Tensor u, delta, A, B, C, D, z, bias, grad;  // undefined where there is none
   bool softplus;

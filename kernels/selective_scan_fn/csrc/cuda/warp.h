@@ -146,8 +146,8 @@ __device__ __forceinline__ void store_steps(T* p, int count, int alignment, cons
   }
 }
 
-// A chunk of numbers in shared memory: the first four steps of all lanes, then, `Half` floats on, the other four, so that
-// 16-byte accesses of neighbouring lanes touch neighbouring bytes.
+// A chunk of numbers in shared memory: the first four steps of all lanes, then, `Half` floats on, the other four, so
+// that 16-byte accesses of neighbouring lanes touch neighbouring bytes.
 template <int Half = kChunk / 2>
 __device__ __forceinline__ void read_chunk(const float* chunk, int lane, float (&v)[kSteps]) {
   const float4 low = *reinterpret_cast<const float4*>(chunk + 4 * lane);
@@ -180,8 +180,8 @@ __device__ __forceinline__ float sum_of_lanes(float x) {
   return x;
 }
 
-// One round of a scan over the lanes, up or down: the map h -> decay h + state of this lane after that of the lane K before
-// it, or past it, if there is one. The shuffle says whether, which saves comparisons.
+// One round of a scan over the lanes, up or down: the map h -> decay h + state of this lane after that of the lane K
+// before it, or past it, if there is one. The shuffle says whether, which saves comparisons.
 template <int K, bool Up>
 __device__ __forceinline__ void compose_round(float& decay, float& state) {
 #ifdef __CUDA_ARCH__
@@ -209,8 +209,8 @@ __device__ __forceinline__ void compose_round(float& decay, float& state) {
 #endif
 }
 
-// Composes the maps of all lanes up to and including this one, or from this one on, for each of R channels; after it `state`
-// is what they make of zero.
+// Composes the maps of all lanes up to and including this one, or from this one on, for each of R channels; after it
+// `state` is what they make of zero.
 template <bool Up, int R>
 __device__ __forceinline__ void compose(float (&decay)[R], float (&state)[R]) {
 #pragma unroll
@@ -230,11 +230,13 @@ template <typename T>
 struct Place {
   int lane, warp, image, block, channel, rows, segment;
 
-  __device__ __forceinline__ Place(const Args<T>& a, int rows_of_warp) {
+  // turn: of those in which the block takes its channels.
+  __device__ __forceinline__ Place(const Args<T>& a, int rows_of_warp, int turn = 0) {
     const Plan& plan = a.plan;
     lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
     image = blockIdx.x, block = blockIdx.y, segment = blockIdx.z;
-    const int first = (block % plan.span_blocks * plan.warps + warp) * rows_of_warp;  // within the span
+    // Within the span:
+    const int first = ((block % plan.span_blocks * plan.turns + turn) * plan.warps + warp) * rows_of_warp;
     rows = plan.span - first;  // those of the warp that are there; the others count as channels without steps
     channel = block / plan.span_blocks * plan.span + (rows > 0 ? first : 0);
   }
