@@ -53,8 +53,8 @@ def run(library, case, tensors, cotangent, **options):
 
 
 def check(library, case, dtype, cotangent=None, **options):
-    """All results are right, and the same in another order of threads. Returns the segments of both passes and the turns
-    of backward."""
+    """All results are right, and the same in another order of threads. Returns the segments of both passes and the
+    turns of backward."""
     tensors = prepared(case, dtype)
     wide = {name: None if t is None else t.double() for name, t in tensors.items()}
     cotangent = cotangent_like(tensors['u'], case.name) if cotangent is None else cotangent

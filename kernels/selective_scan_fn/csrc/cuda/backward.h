@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kLanes, 2) scan_backward(const
           for (int i = kSteps - 1; i >= 0; --i) q[0] = decay[i] * fmaf(c[i], dy[i], q[0]);
           q[0] = fmaf(product, after, q[0]);
           compose<false>(down, q);
+          __syncwarp();  // the last lane has read what the first one replaces
           if (lane == 0) of.adjoint[n] = q[0];
           if constexpr (!Summary) {
             float behind = __shfl_down_sync(kAll, q[0], 1);

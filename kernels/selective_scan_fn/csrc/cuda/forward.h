@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(4 * kLanes, 4) scan_forward(const Args<T> a) {
           state[r] = fmaf(product[r], start[r], state[r]);
         }
         compose<true>(product, state);
+        __syncwarp();  // the first lane has read what the last one replaces
         if (lane == kLanes - 1) {
 #pragma unroll
           for (int r = 0; r < Rows; ++r) carry[r * N + n] = state[r];
