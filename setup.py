@@ -69,6 +69,7 @@ def extensions():
     class Build(BuildExtension):
 
         def run(self):
+            compiler = self.compiler  # a name, or None, which running replaces
             try:
                 super().run()
             except Exception as error:
@@ -81,6 +82,7 @@ def extensions():
                       f'{switch}=1 makes this an error.', file=sys.stderr)
                 self.extensions.pop()
                 if self.extensions:
+                    self.compiler = compiler
                     self.run()
 
     rooms = ('depthwise_conv', 'norm_gate', 'quadtree', 'selective_scan', 'state_fusion')
