@@ -387,6 +387,16 @@ def functions_of(room, cases, case, order=None):
     return lambda t: (cases.operator(case, t),), lambda t: (cases.reference(case, t),)
 
 
+def default_states(op):
+    return 16 if op in ('scan_output', 'scan_fn') else 1
+
+
+def operator_name(op, shape, d_state):
+    """What rows call an operator on a shape."""
+    batch, dim, height, width = shape
+    return f'{op} B{batch} D{dim} {height}x{width}' + (f' N{d_state}' if d_state != 1 else '')
+
+
 def peer_of(room, case):
     """What others use instead of the room's operator, as of :func:`functions_of`; None where it cannot be imported."""
     if room != 'selective_scan_fn':
@@ -407,9 +417,9 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
         dim = 4 * dim  # it is eight times as wide as what is outside
     dtype = DTYPES[dtype_name]
     room, _, batched = OPERATORS[op]
-    d_state = args.d_state or (16 if op in ('scan_output', 'scan_fn') else 1)
+    d_state = args.d_state or default_states(op)
     cases, case, repeats = operator_case(op, (batch, dim, height, width), d_state)
-    name = f'{op} B{batch} D{dim} {height}x{width}' + (f' N{d_state}' if d_state != 1 else '')
+    name = operator_name(op, (batch, dim, height, width), d_state)
     operator, reference = functions_of(room, cases, case, order_of(op, height, width, meter.device))
 
     def repeated(t):
