@@ -5,7 +5,7 @@ VENV ?= .venv
 MMVSSM_BUILD_EXT ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
-SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h') setup.py
+SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h') setup.py
 
 TASK ?= det
 BACKBONE ?= spatialmamba

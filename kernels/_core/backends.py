@@ -53,8 +53,8 @@ def requested_backend():
 
 @contextlib.contextmanager
 def use_backend(name):
-    """Run the operators called inside the ``with`` block on backend ``name`` (``'triton'``, ``'cpu'``, ``'torch'``), or
-    raise :class:`BackendError` with the reason. ``None`` asks for nothing: ``MMVSSM_BACKEND`` or the
+    """Run the operators called inside the ``with`` block on backend ``name`` (``'triton'``, ``'cuda'``, ``'cpu'``,
+    ``'torch'``), or raise :class:`BackendError` with the reason. ``None`` asks for nothing: ``MMVSSM_BACKEND`` or the
     automatic choice decides.
 
     A backward pass follows the request in force when it runs.

@@ -1,4 +1,4 @@
-"""The compiled kernels, ``torch.ops.mmvssm_cpu.*``, if they were built."""
+"""The compiled kernels, ``torch.ops.mmvssm_cpu.*`` and ``torch.ops.mmvssm_cuda.*``, if they were built."""
 import functools
 import pathlib
 import warnings
@@ -7,17 +7,17 @@ import torch
 
 from .backends import requested_backend
 
-_LIBRARY = pathlib.Path(__file__).resolve().parent.parent / '_C.so'
+_FOLDER = pathlib.Path(__file__).resolve().parent.parent
+_LIBRARY = _FOLDER / '_C.so'
+_CUDA_LIBRARY = _FOLDER / '_C_cuda.so'
 
 
-@functools.cache
-def why_not_loaded():
-    """None once the compiled kernels are loaded, else the reason why they are not."""
-    if not _LIBRARY.exists():
-        return ('the compiled kernels are not built; with a C++ compiler at hand: '
-                'MMVSSM_BUILD_EXT=1 pip install --no-build-isolation -e .')
+def _why_not_loaded(library, without):
+    """None once ``library`` is loaded, else the reason why it is not; ``without`` is the one where it is not there."""
+    if not library.exists():
+        return without
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(library)
     except OSError as error:
         return (f'the compiled kernels were built for another PyTorch than {torch.__version__} '
                 f'({error}); reinstall mmvssm')
@@ -25,8 +25,22 @@ def why_not_loaded():
 
 
 @functools.cache
-def _warn_once(reason):
-    warnings.warn(f'mmvssm: CPU tensors run on composed PyTorch operations, slower: {reason}', stacklevel=2)
+def why_not_loaded():
+    """None once the kernels for the CPU are loaded, else the reason why they are not."""
+    return _why_not_loaded(_LIBRARY, 'the compiled kernels are not built; with a C++ compiler at hand: '
+                           'MMVSSM_BUILD_EXT=1 pip install --no-build-isolation -e .')
+
+
+@functools.cache
+def why_not_loaded_cuda():
+    """None once the CUDA kernels are loaded, else the reason why they are not."""
+    return _why_not_loaded(_CUDA_LIBRARY, 'the CUDA kernels are not built; with the CUDA toolkit at hand: '
+                           'FORCE_CUDA=1 pip install --no-build-isolation -e .')
+
+
+@functools.cache
+def _warn_once(reason, device='CPU'):
+    warnings.warn(f'mmvssm: {device} tensors run on composed PyTorch operations, slower: {reason}', stacklevel=2)
 
 
 def why_not_cpu(tensor):
@@ -36,4 +50,19 @@ def why_not_cpu(tensor):
     reason = why_not_loaded()
     if reason and not requested_backend():
         _warn_once(reason)
+    return reason
+
+
+def why_not_cuda(tensor):
+    """The reason why the CUDA C++ kernels cannot take ``tensor``, or None. Says once if others must stand in."""
+    if tensor.device.type != 'cuda' or torch.version.hip:
+        return f'it runs CUDA tensors, this one is on {tensor.device}'
+    if tensor.dtype == torch.float64:
+        return 'it computes in float32; float64 runs on torch'
+    capability = torch.cuda.get_device_capability(tensor.device)
+    reason = why_not_loaded_cuda()
+    if capability < (8, 0):
+        reason = f'it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}'
+    if reason and not requested_backend():
+        _warn_once(reason, 'CUDA')
     return reason

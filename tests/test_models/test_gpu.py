@@ -25,8 +25,8 @@ from mmvssm.kernels import (
     use_backend,
 )
 from mmvssm.kernels._core.cases import relative_error
+from mmvssm.kernels._core.recurrence import Recurrence
 from mmvssm.kernels.gelu_backward import gelu_backward_reference
-from mmvssm.kernels.selective_scan.composed import _Recurrence
 from mmvssm.kernels.selective_scan.dispatch import BACKENDS
 from mmvssm.models import backbones
 from mmvssm.models.backbones.quad_mamba import QuadtreeSSM
@@ -487,7 +487,7 @@ def test_scan_of_a_4096x4096_map():
     wide = {name: t.double() if name in ('dt', 'B') else (t[..., some] if name == 'x' else t[some]).double()
             for name, t in tensors.items()}
     with torch.no_grad():
-        expected = selective_scan_reference(**wide, recurrence=_Recurrence.apply)[0, :, 0]
+        expected = selective_scan_reference(**wide, recurrence=Recurrence.apply)[0, :, 0]
     assert distance(y[:, some], expected) <= 8e-3
 
 

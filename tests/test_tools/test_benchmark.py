@@ -222,8 +222,8 @@ def test_everything_is_a_choice_of_the_others(monkeypatch):
     assert run.main(['all', '--device', 'cpu', '--backend', 'torch']) == 0
     assert {args.command for args in called} == {'ops', 'models', 'dense'}
     assert {(args.device, args.backend) for args in called} == {('cpu', 'torch')}
-    named = {f'{op} B{b} D{d} {h}x{w} {step}' for args in called if args.command == 'ops' for op in args.op
-             for b, d, h, w in args.shape for step in ('fwd', 'fwd+bwd')}
+    named = {f'{run.operator_name(op, shape, run.default_states(op))} {step}' for args in called
+             if args.command == 'ops' for op in args.op for shape in args.shape for step in ('fwd', 'fwd+bwd')}
     named |= {f'{model} B{args.batch} 224x224 {mode}{suffix}'
               for args in called if args.command == 'models' for model in args.model for mode in args.mode
               for suffix in (map(run.compiled_name, args.compile) if args.compile else [''])}

@@ -40,7 +40,7 @@ from mmvssm.kernels import (
 )
 from mmvssm.kernels._core.backends import choose
 from mmvssm.kernels._core.cases import lay_out
-from mmvssm.kernels.selective_scan.composed import _Recurrence
+from mmvssm.kernels._core.recurrence import Recurrence
 from mmvssm.models.backbones import QuadMamba, SpatialMamba
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,7 @@ OPERATORS = dict(
     scan_output=('selective_scan', dict(output='skip'), 'x dt B C'),
     cross_scan=('selective_scan', dict(output='skip', directions=4), 'x dt B C'),
     two_way_scan=('selective_scan', dict(output='skip', directions=2), 'x dt B C'),
+    scan_fn=('selective_scan_fn', dict(options='D bias softplus'), 'u delta B C'),
     to_quadtree=('quadtree', dict(one_hot=True), 'x selected'),
     from_quadtree=('quadtree', dict(one_hot=True, inverse=True), 'x selected'),
 )
@@ -89,6 +90,8 @@ RELEASE = json.loads((ROOT / 'tools' / 'benchmarks' / 'results' / 'release.json'
 TARGETS = {
     'scan B128 D128 56x56 fwd': '<= 0.13', 'scan B128 D128 56x56 fwd+bwd': '<= 0.45',
     'scan B2 D128 200x336 fwd': '<= 0.06',
+    'scan_fn B8 D768 64x64 N16 fwd': '<= 0.356', 'scan_fn B8 D768 64x64 N16 fwd+bwd': '<= 1.78',
+    'scan_fn B128 D384 14x14 N16 fwd': '<= 0.28', 'scan_fn B128 D384 14x14 N16 fwd+bwd': '<= 1.05',
     'fusion B128 D128 56x56 fwd': '<= 0.28', 'fusion B128 D128 56x56 fwd+bwd': '<= 1.2',
     'spatialmamba-t B128 224x224 infer': '>= 5500', 'spatialmamba-t B128 224x224 train': '>= 1500, 13 GiB',
     'spatialmamba-t B128 224x224 infer compiled': '>= 7500',
@@ -245,7 +248,7 @@ class Report:
     """Rows of one run; they are printed and saved as they come, so that a run cut short leaves what it has."""
 
     COLUMNS = ('case', 'dtype', 'backend', 'ms', '20%', '80%', 'rate', 'of copy', 'GiB', 'host us', 'torch ms',
-               'release', 'its GiB', 'target', 'error', 'grad error', '')
+               'peer ms', 'release', 'its GiB', 'target', 'error', 'grad error', '')
 
     def __init__(self, system, out=None):
         self.run, self.out, self.earlier = dict(system=system, rows=[]), out, []
@@ -285,7 +288,8 @@ class Report:
         rate = f"{number(row['rate'])} {row['unit']}" if 'rate' in row else ''
         return [row['case'], row['dtype'], row.get('backend', ''), number(middle), number(low), number(high), rate,
                 '' if share is None else f'{share:.0%}', number(row.get('peak_gib'), 3),
-                number(row.get('host_us'), 3), number(row.get('torch_ms')), number(row.get('release')),
+                number(row.get('host_us'), 3), number(row.get('torch_ms')), number(row.get('peer_ms')),
+                number(row.get('release')),
                 number(row.get('release_gib'), 3), row.get('target', ''), number(errors.get('output'), 2),
                 number(worst, 2), row.get('note') or ('WRONG' if row.get('wrong') else '')]
 
@@ -317,6 +321,8 @@ def operator_case(op, shape, d_state):
     distinct = 2 if batch % 2 == 0 else 1
     if room == 'selective_scan':
         size = dict(length=height * width, rank=math.ceil(dim / 32), d_state=d_state)
+    elif room == 'selective_scan_fn':
+        size = dict(length=height * width, d_state=d_state)
     elif room == 'norm_gate':
         size = dict(rows=height * width)
     else:
@@ -373,10 +379,33 @@ def functions_of(room, cases, case, order=None):
     """The room's operator and reference as functions of the tensors by name that return tuples."""
     if room == 'residual_conv_norm':  # its cases stack two outputs
         return lambda t: residual_conv_norm(**t), lambda t: cases.reference(case, t).unbind(0)
-    if room == 'selective_scan':  # by steps a long map would take minutes
+    if room == 'selective_scan_fn':  # float64 runs on PyTorch's operations; by steps it would take minutes
+        return (lambda t: (cases.operator(case, t),),) * 2
+    if room == 'selective_scan':  # likewise
         return (lambda t: (cases.operator(case, {**t, 'order': order}),),
-                lambda t: (selective_scan_reference(**t, order=order, recurrence=_Recurrence.apply),))
+                lambda t: (selective_scan_reference(**t, order=order, recurrence=Recurrence.apply),))
     return lambda t: (cases.operator(case, t),), lambda t: (cases.reference(case, t),)
+
+
+def default_states(op):
+    return 16 if op in ('scan_output', 'scan_fn') else 1
+
+
+def operator_name(op, shape, d_state):
+    """What rows call an operator on a shape."""
+    batch, dim, height, width = shape
+    return f'{op} B{batch} D{dim} {height}x{width}' + (f' N{d_state}' if d_state != 1 else '')
+
+
+def peer_of(room, case):
+    """What others use instead of the room's operator, as of :func:`functions_of`; None where it cannot be imported."""
+    if room != 'selective_scan_fn':
+        return None
+    try:
+        scan = import_module('mamba_ssm.ops.selective_scan_interface').selective_scan_fn
+    except ImportError:
+        return None
+    return lambda t: (scan(**t, delta_softplus='softplus' in case.options),)
 
 
 def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate):
@@ -388,9 +417,9 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
         dim = 4 * dim  # it is eight times as wide as what is outside
     dtype = DTYPES[dtype_name]
     room, _, batched = OPERATORS[op]
-    d_state = args.d_state or (16 if op == 'scan_output' else 1)
+    d_state = args.d_state or default_states(op)
     cases, case, repeats = operator_case(op, (batch, dim, height, width), d_state)
-    name = f'{op} B{batch} D{dim} {height}x{width}' + (f' N{d_state}' if d_state != 1 else '')
+    name = operator_name(op, (batch, dim, height, width), d_state)
     operator, reference = functions_of(room, cases, case, order_of(op, height, width, meter.device))
 
     def repeated(t):
@@ -426,14 +455,14 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
     leaves = {key: None if t is None else t.detach().requires_grad_() for key, t in tensors.items()}
     wanted = [t for t in leaves.values() if t is not None]
 
-    def forward():
+    def forward(function=operator):
         with torch.inference_mode():
-            return operator(tensors)
+            return function(tensors)
 
-    def both_passes():
-        return torch.autograd.grad(operator(leaves), wanted, cotangents)
+    def both_passes(function=operator):
+        return torch.autograd.grad(function(leaves), wanted, cotangents)
 
-    medians = []
+    medians, peer = [], peer_of(room, case)
     steps = dict(fwd=(forward, size + output_size),
                  **{'fwd+bwd': (both_passes, 3 * size + 2 * output_size)})
     for step, (function, moved) in steps.items():
@@ -442,12 +471,14 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
             ms = quantiles(meter.times(function, alone=True, cold=not args.warm))
             host = meter.host_us(function)
         rate = moved / ms[1] / 1e6
-        torch_ms, note = None, None
+        torch_ms, peer_ms, note = None, None, None
+        if peer:
+            peer_ms = statistics.median(meter.times(functools.partial(function, peer), alone=True, cold=not args.warm))
         if compose and backend != 'torch':
             torch_ms, note = composed_ms(function, meter, alone=True, cold=not args.warm)
         report.add(f"{name} {step}{WARM if args.warm else ''}", dtype_name, backend=backend, ms=ms, rate=rate,
                    unit='GB/s', copy_share=rate / copy_rate, peak_gib=peak, host_us=round(host, 1), torch_ms=torch_ms,
-                   errors=errors, note=note)
+                   peer_ms=peer_ms, errors=errors, note=note)
         medians.append(ms[1])
     return medians
 
@@ -892,6 +923,7 @@ def everything(args, report, meter):
     part('models', models, '--model', 'quadmamba-li', 'quadmamba-t', 'quadmamba-s', 'quadmamba-b')
     part('ops', operators, '--op', 'cross_scan', '--shape', '128,768,14,14', '--no-compose')
     part('ops', operators, '--op', 'two_way_scan', '--shape', '128,192,56,56', '--no-compose')
+    part('ops', operators, '--op', 'scan_fn', '--shape', '8,768,64,64', '128,384,14,14', '--no-compose')
     part('models', models, '--model', 'spatialmamba-t', '--compile', 'default', 'reduce-overhead', '--no-eager')
     part('dense', dense, '--task', 'mask_rcnn', '--compile', 'default', 'reduce-overhead', '--no-eager')
     part('ops', operators, '--shape', '128,256,28,28', '128,512,14,14', '128,1024,7,7', '--no-compose')
@@ -938,7 +970,7 @@ def parse_args(argv=None):
 
     def operator_options(sub):
         sub.add_argument('--warm', action='store_true', help='do not empty the level-2 cache between calls')
-        sub.add_argument('--d-state', type=int, help='states (default 1; 16 for scan_output)')
+        sub.add_argument('--d-state', type=int, help='states (default 1; 16 for scan_output and scan_fn)')
 
     sub = command('ops', operators, 'operators, forward and with backward, beside the same of PyTorch operations')
     sub.add_argument('--op', nargs='+', choices=tuple(OPERATORS), default=list(SPATIAL_MAMBA_OPERATORS))

@@ -1,0 +1,25 @@
+#include "kernels.h"
+#include "launch.h"
+
+namespace mmvssm {
+namespace scan {
+
+template <typename T>
+Plan forward_plan(const Args<T>& a, int processors) {
+  return plan_forward(a, processors);
+}
+
+template <typename T>
+void forward(const Args<T>& a, cudaStream_t stream) {
+  run_forward(a, stream);
+}
+
+#define MMVSSM_FORWARD(T)                          \
+  template Plan forward_plan(const Args<T>&, int); \
+  template void forward(const Args<T>&, cudaStream_t);
+MMVSSM_FORWARD(float)
+MMVSSM_FORWARD(bfloat16)
+MMVSSM_FORWARD(float16)
+
+}  // namespace scan
+}  // namespace mmvssm

@@ -1,0 +1,20 @@
+"""The backends of the scan with Mamba's interface, fastest first."""
+import torch
+
+from .._core.backends import Backend
+from .._core.extension import why_not_cuda
+from . import composed
+
+
+def _cuda_forward(*args, chunk):
+    return torch.ops.mmvssm_cuda.selective_scan_fn(*args, chunk)
+
+
+def _cuda_backward(*args, chunk):
+    return torch.ops.mmvssm_cuda.selective_scan_fn_backward(*args, chunk)
+
+
+BACKENDS = (
+    Backend('cuda', why_not_cuda, _cuda_forward, _cuda_backward, casts=True),
+    Backend('torch', lambda tensor: None, composed.forward, composed.backward),
+)

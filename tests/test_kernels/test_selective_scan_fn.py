@@ -1,0 +1,144 @@
+"""What belongs to the scan with Mamba's interface alone."""
+import math
+
+import pytest
+import torch
+from kernel_testing import DEVICES, Call, backends, evaluate, room
+from mmengine.analysis import FlopAnalyzer
+
+from mmvssm.kernels import selective_scan_fn, selective_scan_fn_reference, use_backend
+from mmvssm.kernels._core.cases import relative_error
+
+CASES = room('selective_scan_fn', 'cases').CASES
+
+
+def inputs(name, dtype=torch.float64):
+    return room('selective_scan_fn', 'cases').inputs(CASES[name], dtype)
+
+
+def scan_by_scalars(u, delta, A, B, C, D, z, delta_bias):
+    """The docstring's equations for varying projections, one number at a time."""
+    out = torch.zeros_like(u)
+    for b in range(u.shape[0]):
+        for d in range(u.shape[1]):
+            h = [0.0] * A.shape[1]
+            for t in range(u.shape[2]):
+                x, gate = u[b, d, t].item(), z[b, d, t].item()
+                step = math.log(1 + math.exp(delta[b, d, t].item() + delta_bias[d].item()))
+                y = D[d].item() * x
+                for n in range(len(h)):
+                    h[n] = math.exp(step * A[d, n].item()) * h[n] + step * B[b, n, t].item() * x
+                    y += C[b, n, t].item() * h[n]
+                out[b, d, t] = y * gate / (1 + math.exp(-gate))
+    return out
+
+
+def test_reference_computes_the_equations():
+    tensors = inputs('tiny')
+    torch.testing.assert_close(selective_scan_fn_reference(**tensors, delta_softplus=True), scan_by_scalars(**tensors))
+
+
+@pytest.mark.parametrize('kind', ['constant', 'varying', 'one_group'])
+def test_projections_that_repeat_are_groups(kind):
+    """Constant ones are groups of one channel each, repeated along the steps; varying ones are one group."""
+    tensors = inputs('tiny-constant' if kind == 'constant' else 'tiny')
+    batch, _, length = tensors['u'].shape
+    grouped = dict(tensors)
+    for name in 'BC':
+        t = tensors[name]
+        grouped[name] = t[None, :, :, None].expand(batch, *t.shape, length) if kind == 'constant' else t[:, None]
+    if kind == 'one_group':
+        tensors, grouped = grouped, {**tensors, 'B': tensors['B'][:, None].expand(-1, 2, -1, -1)}
+    torch.testing.assert_close(selective_scan_fn(**tensors), selective_scan_fn(**grouped))
+    torch.testing.assert_close(selective_scan_fn_reference(**tensors), selective_scan_fn_reference(**grouped))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('backend', backends('selective_scan_fn'))
+@pytest.mark.parametrize('name', ['length_257', 'length_1', 'no_batch', 'constant_B'])
+def test_last_state(name, backend, device):
+    call = Call('selective_scan_fn', name, backend, device)
+    tensors = call.inputs(torch.bfloat16)
+    options = dict(delta_softplus='softplus' in CASES[name].options, return_last_state=True)
+    wide = {key: None if t is None else t.double() for key, t in tensors.items()}
+    with use_backend(backend):
+        out, state = selective_scan_fn(**tensors, **options)
+        alone = call.forward(tensors)
+    assert torch.equal(out, alone)
+    assert state.dtype == torch.float32
+    assert relative_error(state, selective_scan_fn_reference(**wide, **options)[1]) < 1e-6
+
+
+def test_no_gradient_through_the_last_state():
+    tensors = {name: t.requires_grad_() for name, t in inputs('tiny').items()}
+    out, state = selective_scan_fn(**tensors, return_last_state=True)
+    assert out.requires_grad
+    assert not state.requires_grad
+
+
+def test_no_steps():
+    tensors = {name: t[..., :0] if t.dim() > 2 else t for name, t in inputs('tiny').items()}
+    out, state = selective_scan_fn(**tensors, return_last_state=True)
+    assert out.shape == tensors['u'].shape
+    assert torch.equal(state, torch.zeros(2, 2, 2, dtype=torch.float64))
+    grads = evaluate(lambda case, t: selective_scan_fn(**t), CASES['tiny'], tensors)
+    assert all(grad.eq(0).all() for grad in grads.values())
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('backend', backends('selective_scan_fn'))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
+def test_precisions_may_differ(dtype, backend, device):
+    """As under autocast, where steps often are float32: gradients have the precision of their tensors."""
+    call = Call('selective_scan_fn', 'groups_differ', backend, device)
+    tensors = call.inputs(dtype)
+    tensors = {**tensors, 'delta': tensors['delta'].float(), 'z': tensors['z'].half()}
+    call.check(call.evaluate(tensors), call.expected(tensors))
+
+
+def wider(t):
+    return t[:, :1].expand(-1, 257)
+
+
+BAD_INPUTS = {
+    'u-dims': (dict(u=lambda t: t[0]), ValueError, r'u has shape \(2, 5\), expected \(B, D, L\)'),
+    'u-dtype': (dict(u=lambda t: t.long()), TypeError, 'u has dtype torch.int64'),
+    'delta-shape': (dict(delta=lambda t: t[..., 1:]), ValueError, r'delta has shape \(2, 2, 4\).*\(2, 2, 5\)'),
+    'A-complex': (dict(A=lambda t: t.to(torch.complex64)), TypeError, r'A is complex \(torch.complex64\), .* real'),
+    'A-dims': (dict(A=lambda t: t[0]), ValueError, r'A has shape \(2,\), expected \(D, N\)'),
+    'A-channels': (dict(A=lambda t: t[:1]), ValueError, r'A has shape \(1, 2\), expected.*\(2, 2\)'),
+    'A-states': (dict(A=wider), ValueError, 'A has 257 states, expected 1 to 256'),
+    'A-no_state': (dict(A=lambda t: t[:, :0]), ValueError, 'A has 0 states, expected 1 to 256'),
+    'B-complex': (dict(B=lambda t: t.to(torch.complex128)), TypeError, 'B is complex'),
+    'B-dims': (dict(B=lambda t: t[0, 0]), ValueError, r'B has shape \(5,\), expected \(D, N\), \(B, N, L\) or'),
+    'B-constant': (dict(B=lambda t: t[0, :, :3]), ValueError, r'B has shape \(2, 3\), expected.*\(2, 2\)'),
+    'B-length': (dict(B=lambda t: t[..., 1:]), ValueError, r'B has shape \(2, 2, 4\), expected.*\(2, 2, 5\)'),
+    'B-states': (dict(B=lambda t: t[:, None, :1]), ValueError, r'B has shape \(2, 1, 1, 5\), expected.*\(2, 1, 2, 5\)'),
+    'C-groups': (dict(C=lambda t: t[:, None].expand(-1, 3, -1, -1)), ValueError, 'C has 3 groups, expected a divisor'),
+    'C-no_group': (dict(C=lambda t: t[:, None][:, :0]), ValueError, 'C has 0 groups'),
+    'D-shape': (dict(D=lambda t: t[1:]), ValueError, r'D has shape \(1,\), expected.*\(2,\)'),
+    'z-shape': (dict(z=lambda t: t.mT), ValueError, r'z has shape \(2, 5, 2\), expected.*\(2, 2, 5\)'),
+    'delta_bias-shape': (dict(delta_bias=lambda t: t[:, None]), ValueError, r'delta_bias has shape \(2, 1\)'),
+    'delta_bias-device': (dict(delta_bias=lambda t: t.to('meta')), ValueError, 'one device, .*delta_bias on meta'),
+}
+
+
+@pytest.mark.parametrize('changes, error, message', BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input(changes, error, message):
+    tensors = inputs('tiny')
+    tensors.update({name: change(tensors[name]) for name, change in changes.items()})
+    with pytest.raises(error, match='^selective_scan_fn: .*' + message):
+        selective_scan_fn(**tensors)
+
+
+@pytest.mark.parametrize('name, per_step', [('tiny', 9 * 2 + 2), ('length_257', 9 + 1), ('tiny-constant', 9 * 2)])
+def test_flops(name, per_step):
+    tensors = {key: t for key, t in inputs(name).items() if t is not None}
+
+    class Model(torch.nn.Module):
+
+        def forward(self, *args):
+            return selective_scan_fn(**dict(zip(tensors, args)))
+
+    flops = FlopAnalyzer(Model(), tuple(tensors.values())).by_operator()
+    assert flops == {'selective_scan_fn': per_step * tensors['u'].numel()}
