@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from mmengine.dist import get_dist_info
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
@@ -23,8 +24,8 @@ class TrainingStopped(Exception):
 class StopHook(Hook):
     """On SIGTERM, as Slurm sends it before it takes a machine away, save a checkpoint and stop.
 
-    The iteration that runs is finished; of several ranks all stop after the same iteration, one or two later, whichever
-    of them got the signal.
+    The iteration that runs is finished, and where gradients are accumulated, those up to the next update; of several
+    ranks all stop after the same iteration, one or two later, whichever of them got the signal.
 
     Raises:
         TrainingStopped: After the checkpoint is saved.
@@ -33,7 +34,7 @@ class StopHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self):
-        self.told = False
+        self.told = self.stopping = False
         self.before = None
         self.group = self.asked = None
 
@@ -47,7 +48,9 @@ class StopHook(Hook):
         self.told = True
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if self._all_told():
+        self.stopping = self._all_told() or self.stopping
+        optimizer = runner.optim_wrapper
+        if self.stopping and (not isinstance(optimizer, OptimWrapper) or optimizer.should_update()):
             self._stop(runner, batch_idx)
 
     def after_train(self, runner):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tool_testing import ROOT, TINY_DETECTOR, load_tool, make_coco, run_log
 
+from mmvssm.engine.checkpointing import stopped_checkpoint
+
 CONFIG = 'configs/mask_rcnn_spatialmamba_t_1x.py'
 # On CPUs DDP has no device to choose.
 TWO_PROCESSES = TINY_DETECTOR + '''
@@ -122,13 +124,19 @@ class TestCommands:
 def run(tmp_path_factory):
     """The folder of a training in two processes, with config.py and coco/."""
     folder = tmp_path_factory.mktemp('two_processes')
-    make_coco(folder / 'coco', images=3)
+    make_coco(folder / 'coco', images=9)
     (folder / 'config.py').write_text(TWO_PROCESSES)
-    started = start(
-        'dist_train.sh', folder / 'config.py', 2, '--work-dir', folder / 'run', '--seed', 1, '--auto-scale-lr',
-        '--cfg-options', f'data_root={folder / "coco"}', **on_cpus())
+    started = train(folder, 'run')
     assert started.returncode == 0, started.stderr[-2000:]
     return folder
+
+
+def train(folder, work_dir, *options):
+    """Two epochs of three iterations."""
+    return start(
+        'dist_train.sh', folder / 'config.py', 2, '--work-dir', folder / work_dir, '--seed', 1, '--auto-scale-lr',
+        '--deterministic', '--cfg-options', f'data_root={folder / "coco"}', 'train_cfg.max_epochs=2', *options,
+        **on_cpus())
 
 
 def on_cpus():
@@ -141,12 +149,26 @@ class TestTwoProcesses:
     def test_training(self, run):
         log = run_log(run / 'run')
         assert 'Scaling the original LR by 0.25.' in log  # 2 processes x 2 images, of 16
-        checkpoint = torch.load(run / 'run' / 'epoch_1.pth', weights_only=False)
-        assert checkpoint['meta']['iter'] == 1  # 3 images are 2 for each
+        checkpoint = torch.load(run / 'run' / 'epoch_2.pth', weights_only=False)
+        assert checkpoint['meta']['iter'] == 6  # 9 images are 5 for each
         assert {group['initial_lr'] for group in checkpoint['optimizer']['param_groups']} == {0.25e-4}
 
+    def test_stops_and_goes_on(self, run):
+        """Within an epoch, if one of the processes is told to."""
+        stopped = train(run, 'stopped', 'custom_imports.imports=[mmvssm,gloo_on_cpu,terminate_hook]',
+                        'default_hooks.terminate.type=TerminateHook')
+        assert stopped.returncode != 0
+        path = stopped_checkpoint(str(run / 'stopped'))
+        # The processes agree in the background, which takes an iteration.
+        assert path == str(run / 'stopped' / 'stopped_iter_4.pth'), stopped.stderr[-2000:]
+        resumed = train(run, 'stopped')
+        assert resumed.returncode == 0, resumed.stderr[-2000:]
+        weights, whole = (torch.load(run / name / 'epoch_2.pth', weights_only=False)['state_dict']
+                          for name in ('stopped', 'run'))
+        assert all(torch.equal(weights[name], value) for name, value in whole.items())
+
     def test_evaluation_equals_that_of_one_process(self, run, tmp_path):
-        arguments = [run / 'config.py', run / 'run' / 'epoch_1.pth']
+        arguments = [run / 'config.py', run / 'run' / 'epoch_2.pth']
         options = ['--cfg-options', f'data_root={run / "coco"}']
         two = start('dist_test.sh', *arguments, 2, '--work-dir', tmp_path / 'two', '--out', tmp_path / 'two.pkl',
                     *options, **on_cpus())
@@ -157,7 +179,7 @@ class TestTwoProcesses:
         for name in ('one', 'two'):
             with open(tmp_path / f'{name}.pkl', 'rb') as file:
                 found.append({sample['img_id']: sample['pred_instances'] for sample in pickle.load(file)})
-        assert list(found[0]) == list(found[1]) == [1, 2, 3]
+        assert list(found[0]) == list(found[1]) == list(range(1, 10))
         for one, two in zip(*(predictions.values() for predictions in found)):
             assert len(one['scores']) > 0
             assert all(torch.equal(one[key], two[key]) for key in ('bboxes', 'scores', 'labels'))
