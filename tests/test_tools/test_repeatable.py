@@ -218,7 +218,7 @@ class Net(BaseModel):
         return dict(loss=F.dropout(self.linear(row), training=self.training).square().mean())
 
 
-def run_net(work_dir, by_epoch=False, start=None, num_workers=0, stop_after=None, **loader):
+def run_net(work_dir, by_epoch=False, start=None, num_workers=0, stop_after=None, accumulate=1, **loader):
     """Train a :class:`Net` for 12 iterations, 6 an epoch, with a checkpoint after each 6; the weights at the end.
 
     ``stop_after``: the iteration after which it is told to stop.
@@ -233,7 +233,7 @@ def run_net(work_dir, by_epoch=False, start=None, num_workers=0, stop_after=None
             sampler=dict(type='SeededSampler', sampler=dict(type=DefaultSampler if by_epoch else InfiniteSampler)),
             **loader),
         train_cfg=loop,
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01), accumulative_counts=accumulate),
         default_hooks=dict(checkpoint=dict(
             type='SafeCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 6)))
     stop = StopHook()
@@ -281,6 +281,14 @@ class TestResumed:
         assert stopped_checkpoint(tmp_path / 'stopped') is None
         names = [path.name for path in sorted((tmp_path / 'stopped').glob('*.pth'))]
         assert names == (['epoch_1.pth', 'epoch_2.pth'] if by_epoch else ['iter_12.pth', 'iter_6.pth'])
+
+    def test_stops_behind_an_update(self, tmp_path):
+        """Accumulated gradients are in no checkpoint."""
+        whole = run_net(tmp_path / 'whole', accumulate=2)
+        with pytest.raises(TrainingStopped, match='after iteration 4'):
+            run_net(tmp_path / 'stopped', stop_after=3, accumulate=2)
+        start = stopped_checkpoint(tmp_path / 'stopped')
+        assert torch.equal(run_net(tmp_path / 'stopped', start=start, accumulate=2), whole)
 
     def test_another_length_starts_the_epoch_again(self, tmp_path):
         with pytest.raises(TrainingStopped):
