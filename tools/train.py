@@ -1,5 +1,6 @@
 """Train the model of a config: detection, segmentation or classification."""
 import argparse
+import os
 import sys
 
 from mmengine.registry import RUNNERS
@@ -73,15 +74,21 @@ def main(argv=None):
         if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
             raise UsageError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
+    if args.seed is not None and not 0 <= args.seed < 2 ** 32:
+        raise UsageError(f'--seed must be from 0 to {2 ** 32 - 1}, got {args.seed}')
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
     if args.seed is not None or args.deterministic:
         cfg.randomness = dict(cfg.get('randomness', {}), deterministic=args.deterministic)
         if args.seed is not None:
             cfg.randomness.seed = args.seed
     if args.resume:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        start, cfg.load_from = cfg.get('load_from'), None if args.resume == 'auto' else args.resume
 
     resumed = resume_checkpoint(cfg)
+    if args.resume and not resumed:  # nothing to go on from yet
+        cfg.resume, cfg.load_from = False, start
     if resumed:
         notes += [f'resume: going on from {resumed}', drop_pretrained(cfg)]
     if is_main_rank():
@@ -125,7 +132,8 @@ def make_resumable(cfg):
     Takes this package's checkpoint hook, sampler around the sampler and loop over epochs in place of MMEngine's; a
     config with others of its own keeps them.
     """
-    saving = cfg.get('default_hooks', {}).get('checkpoint')
+    cfg.default_hooks = dict(dict(checkpoint=dict(type='CheckpointHook')), **cfg.get('default_hooks', {}))
+    saving = cfg.default_hooks.checkpoint
     if saving and type_name(saving) == 'CheckpointHook':
         saving.type = 'SafeCheckpointHook'
     sampler = cfg.train_dataloader.get('sampler')
@@ -148,7 +156,8 @@ def train(runner):
         runner.logger.error(error.details, exc_info=True)
         raise
     except RuntimeError as error:
-        explained = explain_dead_worker(error, runner.train_dataloader.dataset)
+        loader = getattr(runner._train_loop, 'dataloader', None)  # none before it is built
+        explained = explain_dead_worker(error, loader.dataset) if loader is not None else None
         if explained is None:
             raise
         raise explained from error

@@ -69,8 +69,9 @@ def newest_checkpoint(folder):
     empty, the newest by date.
     """
     named = find_latest_checkpoint(folder)
-    if named and ('://' in named or os.path.exists(named)):
-        return named
+    found = named and (named if '://' in named else _in(folder, named))
+    if found:
+        return found
     files = [file for kind in ('epoch', 'iter', _STOP) for file in Path(folder).glob(f'{kind}_*.pth')]
     return str(max(files, key=os.path.getmtime)) if files else named or None
 
@@ -78,8 +79,13 @@ def newest_checkpoint(folder):
 def stopped_checkpoint(folder):
     """The checkpoint at which the last run in a work dir was stopped, unless it has been passed since, or None."""
     marker = Path(folder, STOPPED)
-    path = marker.read_text().strip() if marker.is_file() else ''
-    return path if os.path.exists(path) else None
+    return _in(folder, marker.read_text().strip()) if marker.is_file() else None
+
+
+def _in(folder, path):
+    """A file that a work dir's marker names, also where the folder was copied or moved; None if it is gone."""
+    own = os.path.join(folder, os.path.basename(path))
+    return own if os.path.isfile(own) else path if os.path.isfile(path) else None
 
 
 @HOOKS.register_module()
@@ -94,6 +100,9 @@ class SafeCheckpointHook(CheckpointHook):
         TrainingError: A checkpoint cannot be written, or has a weight that is not finite.
     """
 
+    #: The epoch and iteration of the checkpoint that is being saved, which MMEngine's runner for FSDP counts again.
+    counts = {}
+
     def before_train(self, runner):
         super().before_train(runner)
         if is_main_process() and os.path.isdir(self.out_dir):
@@ -101,9 +110,10 @@ class SafeCheckpointHook(CheckpointHook):
                 unfinished.unlink(missing_ok=True)
 
     def before_save_checkpoint(self, runner, checkpoint):
-        parameters = {name.removeprefix('module.') for name, _ in runner.model.named_parameters()}
+        checkpoint['meta'].update(self.counts)
+        buffers = {plain_name(name) for name, _ in runner.model.named_buffers()}
         for name, value in checkpoint['state_dict'].items():
-            if name in parameters and value.is_floating_point() and not value.isfinite().all():
+            if name not in buffers and value.is_floating_point() and not value.isfinite().all():
                 raise TrainingError(f'weights are not finite any more, the first of them {name}; not saved. '
                                     f'{self._hint(runner)}')
 
@@ -114,25 +124,34 @@ class SafeCheckpointHook(CheckpointHook):
         with self._removing_later(runner):
             runner.save_checkpoint(self.out_dir, name, meta=meta, by_epoch=False, backend_args=self.backend_args)
             if is_main_process():
+                before = stopped_checkpoint(runner.work_dir)
                 for marker in ('last_checkpoint', STOPPED):
                     write_whole(os.path.join(runner.work_dir, marker), path.encode())
+                if before and not os.path.samefile(before, path):
+                    self.file_backend.remove(before)
         return path
 
     def _save_checkpoint_with_step(self, runner, step, meta):
+        self.counts = {key: meta[key] for key in ('epoch', 'iter')}
         with self._removing_later(runner):
             super()._save_checkpoint_with_step(runner, step, meta)
-        marker = Path(runner.work_dir, STOPPED)
-        if is_main_process() and marker.is_file():  # passed by now
-            Path(marker.read_text()).unlink(missing_ok=True)
-            marker.unlink()
+            stopped = stopped_checkpoint(runner.work_dir)
+            if is_main_process() and stopped:  # passed by now
+                self.file_backend.remove(stopped)
+        self.counts = {}
+        if is_main_process():
+            Path(runner.work_dir, STOPPED).unlink(missing_ok=True)
 
     def _save_best_checkpoint(self, runner, metrics):
+        self.counts = dict(epoch=runner.epoch, iter=runner.iter)
         with self._removing_later(runner):
             super()._save_best_checkpoint(runner, metrics)
+        self.counts = {}
 
     @contextlib.contextmanager
     def _removing_later(self, runner):
-        """Within, files are not removed before everything is saved."""
+        """Within, files are not removed before everything is saved; those of another run, from which this one went on,
+        never."""
         backend = self.file_backend
         if isinstance(backend, _RemovingLater):
             yield
@@ -142,17 +161,30 @@ class SafeCheckpointHook(CheckpointHook):
             yield
             kept = {self.last_ckpt, getattr(self, 'best_ckpt_path', None)}
             kept.update(getattr(self, 'best_ckpt_path_dict', {}).values())
-            for remove, path in self.file_backend.removals:
-                if path not in kept:
-                    remove(path)
         except OSError as error:
             raise TrainingError(f'checkpoint cannot be written: {one_line(error)}. {self._hint(runner)}') from error
         finally:
-            self.file_backend = backend
+            removals, self.file_backend = self.file_backend.removals, backend
+        for remove, path in removals:
+            if path in kept or not _same_folder(os.path.dirname(path), self.out_dir):
+                continue
+            try:
+                remove(path)
+            except OSError as error:
+                runner.logger.warning(f'checkpoint {path} cannot be removed: {one_line(error)}')
 
     def _hint(self, runner):
         newest = newest_checkpoint(runner.work_dir)
         return f'--resume goes on from {newest}' if newest else 'There is no checkpoint yet'
+
+
+def plain_name(name):
+    """The name of a parameter or buffer without what DDP and FSDP put into it."""
+    return name.removeprefix('module.').replace('_fsdp_wrapped_module.', '')
+
+
+def _same_folder(first, second):
+    return '://' in second or os.path.realpath(first) == os.path.realpath(second)
 
 
 class _RemovingLater:

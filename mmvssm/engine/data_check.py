@@ -5,10 +5,11 @@ names the file, which path was looked at and how to set it.
 """
 import json
 import os
+from pathlib import Path
 
 from mmvssm.models.layers.checkpoint import read_checkpoint
 
-from .checkpointing import newest_checkpoint, stopped_checkpoint
+from .checkpointing import STOPPED, newest_checkpoint, stopped_checkpoint
 from .config import UsageError, as_list, one_line, type_name
 from .dataset_config import class_names, dataset_class, few, file_sizes, leaf_datasets
 from .imagefolder_check import check_image_folder
@@ -70,6 +71,12 @@ def resume_checkpoint(cfg):
         path = cfg.get('load_from') or newest_checkpoint(cfg.work_dir)
     else:
         path = stopped_checkpoint(cfg.work_dir)
+        marker = Path(cfg.work_dir, STOPPED)
+        if path is None and marker.exists():
+            newest = newest_checkpoint(cfg.work_dir)
+            resume = f'add --resume to go on from {newest}, or ' if newest else ''
+            raise UsageError(f'--work-dir: the run there was stopped and saved {marker.read_text().strip()}, which is '
+                             f'gone; {resume}delete {marker} to start anew')
     if path:
         cfg.resume, cfg.load_from = True, path
     return path

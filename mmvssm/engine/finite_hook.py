@@ -3,7 +3,7 @@ import math
 
 from mmengine.hooks import Hook
 
-from .checkpointing import newest_checkpoint
+from .checkpointing import newest_checkpoint, plain_name
 from .config import TrainingError
 
 
@@ -28,7 +28,7 @@ class FiniteHook(Hook):
         wrong = [f'{name}={value}' for name, value in values.items() if not math.isfinite(value)]
         if not wrong:
             return
-        weights = [name.removeprefix('module.') for name, value in runner.model.named_parameters()
+        weights = [plain_name(name) for name, value in runner.model.named_parameters()
                    if not value.isfinite().all()]
         where = f'; {len(weights)} weights are not finite either, the first of them {weights[0]}' if weights else ''
         newest = newest_checkpoint(runner.work_dir)

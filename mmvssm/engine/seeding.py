@@ -88,7 +88,8 @@ class SeededSampler(Sampler):
         position, self.first = self.first, 0
         for index in self.sampler:
             # What samplers of videos give is no number.
-            yield _Place(index, (self.seed, epoch, position * ranks + rank)) if isinstance(index, int) else index
+            yield _Place(index, (self.seed, epoch, position * ranks + rank)) \
+                if isinstance(index, (int, np.integer)) else index
             position += 1
 
     def __len__(self):
@@ -98,6 +99,10 @@ class SeededSampler(Sampler):
         if name == 'sampler':  # not there yet
             raise AttributeError(name)
         return getattr(self.sampler, name)
+
+    def set_seed(self, seed):
+        """Take another seed, before samples are drawn."""
+        self.seed = self.sampler.seed = seed
 
     @property
     def skip(self):
@@ -177,8 +182,9 @@ def explain_dead_worker(error, dataset):
     dead = {int(number) for number in re.findall(r'\d+', message)}
     files = [f'sample {index}, {file_of(dataset, index)}' for process, index in items.loading.tolist()
              if process and process in dead]
-    return TrainingError(f'training data: {message} It was loading {" and ".join(files) or "nothing yet"}. Often '
-                         'memory is short (fewer workers: train_dataloader.num_workers=N) or /dev/shm is')
+    loading = f'training data: {message} It was loading {" and ".join(files)}.' if files else message
+    return TrainingError(f'{loading} Often memory is short (fewer workers: train_dataloader.num_workers=N) or '
+                         '/dev/shm is')
 
 
 def _heed_parent_only():

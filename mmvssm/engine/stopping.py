@@ -1,10 +1,11 @@
 """Training that is told to stop saves where it is, and the next run goes on from there."""
 import signal
 import threading
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from mmengine.dist import get_dist_info
+from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import LOOPS
@@ -12,6 +13,8 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from .checkpointing import SafeCheckpointHook
+from .config import TrainingError
+from .seeding import SeededSampler
 
 #: Exit status of a run that was stopped by SIGTERM and can go on: 128 and the signal's number.
 STOPPED_STATUS = 128 + signal.SIGTERM
@@ -42,7 +45,8 @@ class StopHook(Hook):
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._tell)
         if get_dist_info()[1] > 1:
-            self.group = dist.new_group(backend='gloo')
+            limit = runner.cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+            self.group = dist.new_group(backend='gloo', timeout=limit and timedelta(seconds=limit))
 
     def _tell(self, number, frame):
         self.told = True
@@ -50,6 +54,8 @@ class StopHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.stopping = self._all_told() or self.stopping
         optimizer = runner.optim_wrapper
+        if runner.iter + 1 == runner.max_iters:
+            return  # at the end there is nothing to go on with
         if self.stopping and (not isinstance(optimizer, OptimWrapper) or optimizer.should_update()):
             self._stop(runner, batch_idx)
 
@@ -76,6 +82,8 @@ class StopHook(Hook):
             raise TrainingStopped(f'stopped by SIGTERM after iteration {runner.iter + 1}; nothing was saved, as the '
                                   'config has no hook for checkpoints')
         path = saving.save_stop(runner, batches=len(runner.train_dataloader), batches_done=batch_idx + 1)
+        if self.group is not None:
+            dist.barrier(group=self.group)  # a launcher ends all ranks when one exits, and the first is still writing
         raise TrainingStopped(f'stopped by SIGTERM after iteration {runner.iter + 1}; the same command goes on from '
                               f'{path}')
 
@@ -103,7 +111,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
 
 class ResumeHook(Hook):
-    """Tell a :class:`ResumableEpochLoop` where in an epoch a checkpoint was saved."""
+    """Tell a :class:`ResumableEpochLoop` where in an epoch a checkpoint was saved, and samplers the seed of its run."""
 
     def __init__(self):
         self.meta = {}
@@ -112,7 +120,15 @@ class ResumeHook(Hook):
         self.meta = checkpoint.get('meta', {})
 
     def before_train(self, runner):
-        loop, done, batches = runner.train_loop, self.meta.get('batches_done', 0), len(runner.train_dataloader)
+        places = all_gather_object((runner.epoch, runner.iter))
+        if len(set(places)) > 1:
+            raise TrainingError('resume: processes start at different places (epoch, iteration), '
+                                f'{sorted(set(places))}; all have to see the same --work-dir')
+        loader, loop, done = runner.train_dataloader, runner.train_loop, self.meta.get('batches_done', 0)
+        batches = len(loader)
+        for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+            if runner.iter and isinstance(sampler, SeededSampler):
+                sampler.set_seed(runner.seed)  # that of the checkpoint, which is read after the sampler is built
         if not runner.iter or not done or not isinstance(loop, ResumableEpochLoop):
             return
         if self.meta['batches'] == batches:

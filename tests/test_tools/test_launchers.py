@@ -161,6 +161,7 @@ class TestTwoProcesses:
         path = stopped_checkpoint(str(run / 'stopped'))
         # The processes agree in the background, which takes an iteration.
         assert path == str(run / 'stopped' / 'stopped_iter_4.pth'), stopped.stderr[-2000:]
+        assert not (run / 'stopped' / 'left_early').exists()
         resumed = train(run, 'stopped')
         assert resumed.returncode == 0, resumed.stderr[-2000:]
         weights, whole = (torch.load(run / name / 'epoch_2.pth', weights_only=False)['state_dict']

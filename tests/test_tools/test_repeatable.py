@@ -218,7 +218,7 @@ class Net(BaseModel):
         return dict(loss=F.dropout(self.linear(row), training=self.training).square().mean())
 
 
-def run_net(work_dir, by_epoch=False, start=None, num_workers=0, stop_after=None, accumulate=1, **loader):
+def run_net(work_dir, by_epoch=False, start=None, num_workers=0, stop_after=None, accumulate=1, seed=0, **loader):
     """Train a :class:`Net` for 12 iterations, 6 an epoch, with a checkpoint after each 6; the weights at the end.
 
     ``stop_after``: the iteration after which it is told to stop.
@@ -227,7 +227,7 @@ def run_net(work_dir, by_epoch=False, start=None, num_workers=0, stop_after=None
     loop = dict(type='ResumableEpochLoop', max_epochs=2) if by_epoch else dict(type='IterBasedTrainLoop', max_iters=12)
     runner = Runner(
         Net(), str(work_dir), experiment_name=work_dir.name, load_from=start, resume=start is not None,
-        randomness=dict(seed=0),
+        randomness=dict(seed=seed),
         train_dataloader=dict(
             dataset=Numbers(), batch_size=2, num_workers=num_workers, collate_fn=dict(type='default_collate'),
             sampler=dict(type='SeededSampler', sampler=dict(type=DefaultSampler if by_epoch else InfiniteSampler)),
@@ -290,6 +290,32 @@ class TestResumed:
         start = stopped_checkpoint(tmp_path / 'stopped')
         assert torch.equal(run_net(tmp_path / 'stopped', start=start, accumulate=2), whole)
 
+    @pytest.mark.parametrize('by_epoch', [False, True], ids=['iterations', 'epochs'])
+    def test_without_a_seed(self, tmp_path, by_epoch):
+        """The run draws one, which is that of the run that goes on, too."""
+        whole = run_net(tmp_path / 'whole', by_epoch, seed=None)
+        halfway = str(tmp_path / 'whole' / ('epoch_1.pth' if by_epoch else 'iter_6.pth'))
+        assert torch.equal(run_net(tmp_path / 'resumed', by_epoch, halfway, seed=None), whole)
+
+    def test_told_in_the_last_iteration(self, tmp_path):
+        """There is nothing left to go on with."""
+        run_net(tmp_path / 'run', stop_after=12)
+        assert stopped_checkpoint(tmp_path / 'run') is None
+
+    def test_stopped_twice(self, tmp_path):
+        """The checkpoint of the first stop goes when that of the second is there."""
+        start = None
+        for iteration in (2, 4):
+            with pytest.raises(TrainingStopped):
+                run_net(tmp_path / 'run', start=start, stop_after=iteration)
+            start = stopped_checkpoint(tmp_path / 'run')
+        assert [path.name for path in (tmp_path / 'run').glob('*.pth')] == ['stopped_iter_4.pth']
+
+    def test_processes_at_different_places(self, tmp_path, monkeypatch):
+        monkeypatch.setattr('mmvssm.engine.stopping.all_gather_object', lambda place: [place, (1, 6)])
+        with pytest.raises(TrainingError, match=r'\(epoch, iteration\), \[\(0, 0\), \(1, 6\)\]; .* --work-dir'):
+            run_net(tmp_path / 'run')
+
     def test_another_length_starts_the_epoch_again(self, tmp_path):
         with pytest.raises(TrainingStopped):
             run_net(tmp_path / 'run', by_epoch=True, stop_after=8)
@@ -347,6 +373,11 @@ class TestSeeds:
         one, two = places(0, 1), zip(places(0, 2), places(1, 2), strict=True)
         assert one == [place for pair in two for place in pair]
         assert len({key for _, key in one}) == 12
+
+    def test_numbers_of_numpy(self, monkeypatch):
+        sampler = SeededSampler(dict(type='DefaultSampler'), Numbers(), seed=0)
+        sampler.sampler = np.arange(3)
+        assert [place.key for place in sampler] == [(0, 0, i) for i in range(3)]
 
     def test_place_through_a_pipe(self):
         place = pickle.loads(pickle.dumps(_Place(3, (1, 2))))
@@ -410,6 +441,14 @@ def test_sample_of_a_dead_worker_is_named():
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='the system does not tell who sent a signal')
 def test_workers_heed_their_parent_only():
     assert load(end_by_another, 1) == 6
+
+
+def test_dead_worker_of_another_loader():
+    """As one of validation: nothing is said of training data."""
+    dataset = Broken(die)
+    SeededSampler(dict(type='DefaultSampler'), dataset, seed=0)
+    explained = explain_dead_worker(RuntimeError('DataLoader worker (pid 5) exited'), dataset)
+    assert str(explained).startswith('RuntimeError: DataLoader worker (pid 5) exited Often memory')
 
 
 def test_other_errors_are_not_explained():

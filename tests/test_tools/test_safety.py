@@ -13,6 +13,7 @@ from kill_and_resume import survive
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from test_repeatable import Case, differing
@@ -142,6 +143,50 @@ class TestCheckpoints:
         (tmp_path / 'last_checkpoint').write_text('gone.pth')
         assert newest_checkpoint(str(tmp_path)) == 'gone.pth'  # whoever reads it says that it is gone
 
+    def test_folder_that_was_moved(self, tmp_path):
+        """Its markers hold the old path, where there may be other files."""
+        for folder in ('old', 'new'):
+            (tmp_path / folder).mkdir()
+            for name, marker in (('iter_2.pth', 'last_checkpoint'), ('stopped_iter_3.pth', 'stopped')):
+                (tmp_path / folder / name).touch()
+                (tmp_path / folder / marker).write_text(str(tmp_path / 'old' / name))
+        assert newest_checkpoint(str(tmp_path / 'new')) == str(tmp_path / 'new' / 'iter_2.pth')
+        assert stopped_checkpoint(str(tmp_path / 'new')) == str(tmp_path / 'new' / 'stopped_iter_3.pth')
+
+    def test_best_of_another_run_is_kept(self, tmp_path, whole_files):
+        """That from which this one goes on, in a folder of its own."""
+        options = dict(save_best='loss', rule='less', max_keep_ckpts=1)
+        runner_of(tmp_path / 'first', **options).train()
+        before = checkpoints(tmp_path / 'first')
+        runner = runner_of(tmp_path / 'second', **options)
+        runner._resume, runner._load_from = True, str(tmp_path / 'first' / 'iter_6.pth')
+        runner.train_loop._max_iters = 8
+        runner.train()
+        assert checkpoints(tmp_path / 'first') == before
+        assert checkpoints(tmp_path / 'second') == ['best_loss_iter_8.pth', 'iter_8.pth']
+
+    def test_what_cannot_be_removed_stays(self, tmp_path, monkeypatch, whole_files):
+        def remove(backend, path):
+            raise PermissionError(13, 'Permission denied')
+
+        monkeypatch.setattr(checkpointing.WholeFileBackend, 'remove', remove)
+        runner_of(tmp_path, max_keep_ckpts=1).train()
+        assert checkpoints(tmp_path) == ['iter_2.pth', 'iter_4.pth', 'iter_6.pth']
+        assert 'iter_2.pth cannot be removed: PermissionError' in run_log(tmp_path)
+
+    def test_counts_of_a_runner_that_counts_again(self, tmp_path, whole_files):
+        """FlexibleRunner writes its own into what it saves: too many where that is saved again with the best."""
+        class CountHook(Hook):
+            priority = 'HIGHEST'
+
+            def before_save_checkpoint(self, runner, checkpoint):
+                checkpoint['meta'].update(iter=100, epoch=100)
+
+        runner_of(tmp_path, hooks=[CountHook()], save_best='loss', rule='less').train()
+        for iteration in (2, 4, 6):
+            meta = torch.load(tmp_path / f'iter_{iteration}.pth', weights_only=False)['meta']
+            assert (meta['iter'], meta['epoch']) == (iteration, 0)
+
     def test_full_disk(self, tmp_path):
         """What was there stays, without the piece that could be written."""
         (tmp_path / 'file').write_bytes(b'old')
@@ -244,6 +289,11 @@ class TestResumableConfig:
         train.make_resumable(cfg)
         assert cfg.to_dict() == own
 
+    def test_hooks_by_default(self):
+        cfg = Config(dict(train_cfg=dict(type='MyLoop'), train_dataloader=dict()))
+        train.make_resumable(cfg)
+        assert cfg.default_hooks == dict(checkpoint=dict(type='SafeCheckpointHook'))
+
 
 @pytest.fixture(scope='module')
 def case(tmp_path_factory):
@@ -302,6 +352,18 @@ def test_what_a_run_goes_on_from(tmp_path, resume, load_from, expected):
     cfg = Config(dict(work_dir=str(tmp_path), resume=resume, load_from=load_from))
     assert resume_checkpoint(cfg) == cfg.load_from == str(paths.get(expected, expected))
     assert cfg.resume
+
+
+def test_stopped_at_what_is_gone(tmp_path):
+    (tmp_path / 'stopped').write_text('/runs/stopped_iter_3.pth')
+    cfg = Config(dict(work_dir=str(tmp_path), resume=False, load_from=None))
+    with pytest.raises(UsageError, match='saved /runs/stopped_iter_3.pth, which is gone; delete .*/stopped to start'):
+        resume_checkpoint(cfg)
+    (tmp_path / 'epoch_1.pth').touch()
+    with pytest.raises(UsageError, match='is gone; add --resume to go on from .*/epoch_1.pth, or delete'):
+        resume_checkpoint(cfg)
+    cfg.resume = True
+    assert resume_checkpoint(cfg) == str(tmp_path / 'epoch_1.pth')
 
 
 def test_nothing_to_go_on_from(tmp_path):

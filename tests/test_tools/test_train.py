@@ -39,6 +39,7 @@ class TestTrain:
          'pretrained checkpoint not found: .*/gone.pth; .*pretrained=None'),
         (['--auto-scale-lr', '--cfg-options', 'auto_scale_lr.base_batch_size=0'],
          '--auto-scale-lr needs auto_scale_lr.base_batch_size'),
+        (['--seed', '-1'], '--seed must be from 0 to 4294967295, got -1'),
     ])
     def test_bad_options(self, trained, options, message, monkeypatch):
         monkeypatch.setattr(train.Runner, 'from_cfg', lambda cfg: pytest.fail('built'))
@@ -129,6 +130,14 @@ class TestTrain:
         log = run_log(tmp_path)
         assert 'the pretrained checkpoint /gone.pth is not read again' in log
         assert 'resumed epoch: 1' in log
+
+    def test_resume_of_nothing_keeps_load_from(self, trained, tmp_path, monkeypatch):
+        monkeypatch.setenv('COCO_ROOT', str(trained / 'coco'))
+        monkeypatch.setattr('mmengine.runner.EpochBasedTrainLoop.run', lambda loop: None)
+        start = trained / 'run' / 'epoch_1.pth'
+        train.main([str(trained / 'config.py'), '--work-dir', str(tmp_path), '--resume', '--cfg-options',
+                    f'load_from={start}'])
+        assert f'Load checkpoint from {start}' in run_log(tmp_path)
 
     def test_epoch(self, trained):
         assert (trained / 'run' / 'epoch_1.pth').is_file()
