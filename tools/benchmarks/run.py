@@ -229,11 +229,11 @@ def shell(*command):
     return None
 
 
-def describe_system(device, argv):
+def describe_system(device, argv, program='tools/benchmarks/run.py'):
     system = dict(device=platform.processor() or platform.machine(), torch=torch.__version__,
                   python=platform.python_version(), mmvssm=mmvssm.__version__,
                   commit=shell('git', 'rev-parse', '--short', 'HEAD'),
-                  command=' '.join(['tools/benchmarks/run.py', *argv]))
+                  command=' '.join([program, *argv]))
     if torch.device(device).type == 'cuda':
         system['device'] = torch.cuda.get_device_name(device)
         driver = shell('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
@@ -888,22 +888,29 @@ def dense(args, report, meter):
 # Runs of tools/train.py
 
 
-def training(args, report, meter):
-    """What the log of a training run says of its result, speed and memory."""
-    logs = sorted(args.work_dir.glob('*/vis_data/scalars.json'))
+def training_log(work_dir):
+    """What the latest run in a work dir logged: rows of iterations, results of evaluations, and its config."""
+    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
     if not logs:
-        raise SystemExit(f'error: {args.work_dir} has no */vis_data/scalars.json: no work dir of tools/train.py')
+        raise SystemExit(f'error: {work_dir} has no */vis_data/scalars.json: no work dir of tools/train.py')
     lines = [json.loads(line) for line in logs[-1].read_text().splitlines()]
-    steps = [line for line in lines if 'loss' in line]
     results = {key: value for line in lines if 'loss' not in line for key, value in line.items()
                if key.endswith(('mAP', 'mIoU', 'top1'))}
     cfg = Config.fromfile(next(logs[-1].parent.glob('config.py')), import_custom_modules=False)
+    return [line for line in lines if 'loss' in line], results, cfg
+
+
+def dtype_of(cfg):
+    return {'bfloat16': 'bf16', 'float16': 'fp16'}.get(cfg.optim_wrapper.get('dtype'), 'fp32')
+
+
+def training(args, report, meter):
+    """What the log of a training run says of its result, speed and memory."""
+    steps, results, cfg = training_log(args.work_dir)
     ms = quantiles([1e3 * line['time'] for line in steps[1:] or steps])
     memory = max((line.get('memory', 0) for line in steps), default=0)
-    optimizer = cfg.optim_wrapper
-    dtype = {'bfloat16': 'bf16', 'float16': 'fp16'}.get(optimizer.get('dtype'), 'fp32')
     batch = cfg.train_dataloader.batch_size
-    report.add(f'training of {args.work_dir.name}', dtype, ms=ms, unit='img/s', rate=1e3 * batch / ms[1],
+    report.add(f'training of {args.work_dir.name}', dtype_of(cfg), ms=ms, unit='img/s', rate=1e3 * batch / ms[1],
                peak_gib=memory / 1024 or None, results=results, batch=batch, iterations=steps[-1]['step'],
                note=', '.join(f'{key} {value:.3f}' for key, value in results.items()))
 
