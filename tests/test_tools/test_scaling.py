@@ -68,7 +68,7 @@ def test_bad_options(scaling, options, message, capsys):
 
 def test_failed_training(scaling, tmp_path):
     (tmp_path / 'config.py').write_text(f"_base_ = {str(ROOT / 'configs' / 'mask_rcnn_spatialmamba_t_1x.py')!r}\n")
-    with pytest.raises(SystemExit, match='training with --gpus 1 ended with status 1:(.|\n)*NoSuch'):
+    with pytest.raises(SystemExit, match='training with --gpus 1 ended with status 1:(.|\n)*no_such'):
         scaling.main(['--config', str(tmp_path / 'config.py'), '--gpus', '1', '--iterations', '1', '--warmup', '1',
                       '--folder', str(tmp_path), '--size', '48', '64', '--amp', 'none',
-                      '--cfg-options', 'model.type=NoSuch'])
+                      '--cfg-options', 'pretrained=no_such.pth'])
