@@ -2,7 +2,7 @@
 import torch
 
 from .._core.backends import Backend
-from .._core.extension import why_not_cuda
+from .._core.extension import why_not_cpu, why_not_cuda
 from . import composed
 
 
@@ -14,7 +14,16 @@ def _cuda_backward(*args, chunk):
     return torch.ops.mmvssm_cuda.selective_scan_fn_backward(*args, chunk)
 
 
+def _cpu_forward(*args, chunk):
+    return torch.ops.mmvssm_cpu.selective_scan_fn(*args, chunk)
+
+
+def _cpu_backward(*args, chunk):
+    return torch.ops.mmvssm_cpu.selective_scan_fn_backward(*args, chunk)
+
+
 BACKENDS = (
     Backend('cuda', why_not_cuda, _cuda_forward, _cuda_backward, casts=True),
+    Backend('cpu', why_not_cpu, _cpu_forward, _cpu_backward),
     Backend('torch', lambda tensor: None, composed.forward, composed.backward),
 )

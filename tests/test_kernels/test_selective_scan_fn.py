@@ -85,6 +85,18 @@ def test_no_steps():
     assert all(grad.eq(0).all() for grad in grads.values())
 
 
+@pytest.mark.parametrize('name', ['length_1000', 'length_257', 'constant_B', 'constant_C'])
+def test_bits_do_not_depend_on_threads(name):
+    """With many of them the chunks of a sequence are shared out as well."""
+    call = Call('selective_scan_fn', name, 'cpu')
+    results = []
+    for threads in (1, 2, 8):
+        torch.set_num_threads(threads)
+        results.append(call.evaluate(call.inputs(torch.float32)))
+    for other in results[1:]:
+        assert all(torch.equal(other[key], t) for key, t in results[0].items())
+
+
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('backend', backends('selective_scan_fn'))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
