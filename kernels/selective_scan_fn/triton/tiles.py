@@ -1,0 +1,219 @@
+"""How the scan is cut into tiles of channels and steps, and the pieces that its forward and backward kernels share.
+
+A program walks chunks of steps with a few channels. State by state, a tile [channels, steps] of maps ``h -> a h + b``,
+one for each step, is composed by an associative scan; where a warp has whole rows of the tile, nothing of the
+recurrence crosses warps. The states between chunks are a tile [channels, states] in registers.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ..._core.triton_math import LOG2_E, exp2, slope_of, soft_step
+from ..._core.triton_support import cdiv, launch, next_power_of_2
+
+#: Rows begin at multiples of so many elements: 16 bytes of half precision.
+UNIT = tl.constexpr(8)
+#: Arguments of the kernels for whose values none is compiled anew; strides are in units of ``UNIT``.
+RUNTIME = ['batch', 'D', 'L', 'N', 'chunks', 'segs', 'each', 'span', 'span_blocks', 'B_span', 'C_span', 'u_batch',
+           'u_row', 'delta_batch', 'delta_row', 'z_batch', 'z_row', 'grad_batch', 'grad_row', 'B_batch', 'B_group',
+           'B_row', 'C_batch', 'C_group', 'C_row']
+#: Numbers of a tile of steps that a warp has, 8 a thread; or twice as many of one of states.
+_WARP = 256
+#: The sequence is cut into segments where images and channels give fewer warps than the first, so that there are about
+#: as many as the second. Not measured yet.
+_FEW_WARPS, _ENOUGH_WARPS = 132 * 4, 132 * 8
+
+
+@triton.jit
+def place(D, segs, each, chunks, span, span_blocks, BLOCK_D: tl.constexpr):
+    """Of this program: block of channels and blocks of an image, image, segment, its first chunk and what is behind its
+    last one, the first channel, channels, and whether they are in its span: those that share B and C."""
+    pid = tl.program_id(0)
+    blocks = D // span * span_blocks
+    block = pid % blocks
+    seg = pid // blocks % segs
+    image = (pid // blocks // segs).to(tl.int64)
+    within = block % span_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    begin = block // span_blocks * span
+    return (block, blocks, image, seg, seg * each, tl.minimum((seg + 1) * each, chunks), begin,
+            (begin + within).to(tl.int64), within < span)
+
+
+@triton.jit
+def rows_of(tensor, image, batch_stride, d, row_stride):
+    """Where the rows of channels ``d`` of a tensor (B, D, L) begin."""
+    return tensor + image * batch_stride * UNIT + d[:, None] * row_stride * UNIT
+
+
+@triton.jit
+def load_walked(rows, t, inside):
+    """[channels, steps] in float32, zero where there is nothing."""
+    return tl.load(rows + t[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_steps(rows, bias, t, inside, L, SOFTPLUS: tl.constexpr):
+    """Steps in units of log(2), zero behind the last, where a state stays as it is; and what they are made of, as
+    ``slope_of`` takes it."""
+    raw = (load_walked(rows, t, inside) + bias[:, None]) * -LOG2_E
+    step = soft_step(raw) if SOFTPLUS else -raw
+    return tl.where((t < L)[None, :], step, 0.0), raw
+
+
+@triton.jit
+def through_softplus(grad, raw, SOFTPLUS: tl.constexpr):
+    return grad * slope_of(raw) if SOFTPLUS else grad
+
+
+@triton.jit
+def load_parameter(tensor, d, in_d):
+    """A parameter (D,) in float32, zero if there is none."""
+    if tensor is None:
+        return tl.zeros(d.shape, tl.float32)
+    else:
+        return tl.load(tensor + d, mask=in_d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_projection(tensor, n, d, in_d, t, inside, N, row, CONSTANT: tl.constexpr):
+    """State ``n`` of B or C, [channels, steps], or [channels, 1] where it is constant. Each warp loads its own: what
+    they share out goes through shared memory, and they wait for each other."""
+    if CONSTANT:
+        return tl.load(tensor + d * N + n, mask=in_d, other=0.0).to(tl.float32)[:, None]
+    else:
+        at = tl.broadcast_to(tensor + n * row.to(tl.int64) * UNIT + t[None, :], inside.shape)
+        return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pick(tile, n):
+    """Column ``n`` of [channels, states]."""
+    return tl.sum(tl.where(tl.arange(0, tile.shape[1])[None, :] == n, tile, 0.0), 1)
+
+
+@triton.jit
+def put(tile, n, column):
+    """[channels, states] with ``column`` in the place of ``n``."""
+    return tl.where(tl.arange(0, tile.shape[1])[None, :] == n, column[:, None], tile)
+
+
+@triton.jit
+def add_to(tile, n, column):
+    """[channels, states] with ``column`` added to ``n``."""
+    return tile + tl.where(tl.arange(0, tile.shape[1])[None, :] == n, column[:, None], 0.0)
+
+
+@triton.jit
+def step_of(tile, i):
+    """Column ``i`` of [channels, steps]."""
+    return pick(tile, i)
+
+
+@triton.jit
+def compose(a, b, next_a, next_b):
+    """The map ``h -> a h + b``, and the next one behind it."""
+    return a * next_a, b * next_a + next_b
+
+
+@triton.jit
+def compose_apart(a, b, last, next_a, next_b, next_last):
+    """As ``compose`` for ``h -> a h + b + last``, where ``last`` is what the last step adds: the rest is the state
+    before that step times the step's decay, which a difference would give with few digits."""
+    return a * next_a, (b + last) * next_a + next_b, next_last
+
+
+@triton.jit
+def compose_before(a, b, decay, next_a, next_b, next_decay):
+    """As ``compose`` where each map is followed by a ``decay``, but for the last one's."""
+    a_too = decay * next_a
+    return a * a_too, b * a_too + next_b, next_decay
+
+
+@triton.jit
+def add_apart(total, before, next_total, next_before):
+    """Sums, and sums without the last."""
+    return total + next_total, total + next_before
+
+
+@triton.jit
+def from_segments(sums, ends, first, count, STEP: tl.constexpr, image, batch, d, in_d, rates, D, N):
+    """What ``count`` segments from ``first`` on, one after the other, make of a state of zeros."""
+    n = tl.arange(0, rates.shape[1])[None, :]
+    mask = in_d[:, None] & (n < N)
+    state = tl.zeros(rates.shape, tl.float32)
+    for i in range(count):
+        row = ((first + STEP * i) * batch + image) * D + d
+        total = tl.load(sums + row, mask=in_d, other=0.0)
+        state = exp2(total[:, None] * rates) * state + tl.load(ends + row[:, None] * N + n, mask=mask, other=0.0)
+    return state
+
+
+def walked(tensor):
+    """``tensor`` (..., L) with adjacent steps and rows that begin at multiples of ``UNIT``; a copy where they do not,
+    with zeros behind the last step."""
+    if tensor.shape[-1] % UNIT.value:
+        tensor = F.pad(tensor, (0, -tensor.shape[-1] % UNIT.value))
+    if tensor.stride(-1) != 1 or any(stride % UNIT.value for stride in tensor.stride()[:-1]):
+        tensor = tensor.contiguous()
+    return tensor
+
+
+class Launch:
+    """The shapes of one call, and the launch of kernels whose first arguments are those of the operator. ``warps``: of
+    a program, at most."""
+
+    def __init__(self, u, delta, A, B, C, D, z, bias, softplus, grad, chunk, warps):
+        tensors = [t.float() if t is not None and t.dtype == torch.float64 else t
+                   for t in (u, delta, A, B, C, D, z, bias, grad)]
+        (self.batch, self.D, self.L), self.N = u.shape, A.shape[1]
+        tensors = [t if t is None else walked(t) if t.dim() > 2 else t.contiguous() for t in tensors]
+        u, delta, A, B, C, D, z, bias, grad = self.tensors = tensors
+        self.row = cdiv(self.L, UNIT.value) * UNIT.value
+        self.tile = min(chunk, max(16, next_power_of_2(self.L)))
+        self.chunks = cdiv(self.L, chunk)
+        # 32 states at least, so that warps have rows of these tiles as well.
+        self.states = max(32, next_power_of_2(self.N))
+        B_span, C_span = (self.D // t.shape[1] if t.dim() > 2 else self.D for t in (B, C))
+        self.span = math.gcd(B_span, C_span)
+        row = max(self.tile, self.states // 2)
+        self.block = min(warps * _WARP // row, next_power_of_2(self.span))
+        self.warps = max(1, self.block * row // _WARP)
+        self.span_blocks = cdiv(self.span, self.block)
+        self.blocks = self.D // self.span * self.span_blocks
+        self.segments, self.each = 1, self.chunks
+        having = self.batch * self.blocks * self.warps
+        if having < _FEW_WARPS:
+            self.each = cdiv(self.chunks, min(self.chunks, cdiv(_ENOUGH_WARPS, having)))
+            self.segments = cdiv(self.chunks, self.each)
+
+        def strides(t):
+            return (0, 0) if t is None else [stride // UNIT.value for stride in t.stride()[:2]]
+
+        def projection_strides(t):
+            return (0, 0, 0) if t.dim() == 2 else [stride // UNIT.value for stride in t.stride()[:3]]
+
+        self.numbers = (self.batch, self.D, self.L, self.N, self.chunks, self.segments, self.each, self.span,
+                        self.span_blocks, B_span, C_span, *strides(u), *strides(delta), *strides(z), *strides(grad),
+                        *projection_strides(B), *projection_strides(C), bool(softplus), B.dim() == 2, C.dim() == 2,
+                        self.block, self.tile, self.states)
+
+    def empty(self, *shape, dtype=torch.float32):
+        return self.tensors[0].new_empty(shape, dtype=dtype)
+
+    def like(self, tensor):
+        """Memory for what is as a tensor (B, D, L), with rows that begin at multiples of ``UNIT``."""
+        return self.empty(self.batch, self.D, self.row, dtype=tensor.dtype)
+
+    def maps(self):
+        """Memory for the sums of steps of segments, and for what they make of no state; None where there is one."""
+        if self.segments == 1:
+            return None, None
+        shape = self.segments, self.batch, self.D
+        return self.empty(*shape), self.empty(*shape, self.N)
+
+    def __call__(self, kernel, *buffers, constants):
+        programs = self.batch * self.blocks * self.segments
+        launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, *constants, num_warps=self.warps)
