@@ -14,16 +14,17 @@ from .tiles import (
     add_to,
     compose_apart,
     compose_before,
+    ends_of,
     from_segments,
     load_parameter,
     load_projection,
-    load_steps,
     load_walked,
     pick,
     place,
     put,
     rows_of,
     step_of,
+    steps_of,
     through_softplus,
 )
 
@@ -34,33 +35,36 @@ _ROWS, _VALUES = 32, 64
 @triton.jit(do_not_specialize=RUNTIME)
 def _scan_fn_backward(u, delta, A, B, C, skip, z, bias, grad, sums, ends, states, grad_u, grad_delta, grad_z, parts_B,
                       parts_C, totals, batch, D, L, N, chunks, segs, each, span, span_blocks, B_span, C_span, u_batch,
-                      u_row, delta_batch, delta_row, z_batch, z_row, grad_batch, grad_row, B_batch, B_group, B_row,
-                      C_batch, C_group, C_row, SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr,
-                      CONSTANT_C: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STATES: tl.constexpr,
+                      u_stride, delta_batch, delta_stride, z_batch, z_stride, grad_batch, grad_stride, B_batch, B_group,
+                      B_row, C_batch, C_group, C_row, SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr,
+                      CONSTANT_C: tl.constexpr, LAST: tl.constexpr, STEP_UNIT: tl.constexpr,
+                      CHANNEL_UNIT: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STATES: tl.constexpr,
                       MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
-    """As ``_scan_fn``, in reverse; with ``MAPS`` only what segments make of no gradient behind them.
+    """As ``_scan_fn``, in reverse; with ``MAPS`` only what segments make of no gradient behind them. The fourth bit of
+    ``LAST`` is of ``grad``.
 
     Layouts: ``parts_B`` and ``parts_C`` (B, blocks, N, L rounded up), where they vary; ``totals`` (3, segs, B, N + 1,
     D): sums over steps, for ``A`` and last the bias, for a constant ``B`` and last the skip, for a constant ``C``.
     """
-    block, blocks, image, seg, first, last, begin, d, in_d = place(D, segs, each, chunks, span, span_blocks, BLOCK_D)
-    padded = (L.to(tl.int64) + UNIT - 1) // UNIT * UNIT
+    block, blocks, image, seg, first, last, begin, d, in_d = place(D, segs, each, chunks, span, span_blocks, BLOCK_D,
+                                                                   CHANNEL_UNIT)
+    end, padded = ends_of(L, STEP_UNIT)
     n_all = tl.arange(0, STATES)[None, :]
     of_states = in_d[:, None] & (n_all < N)
-    us = rows_of(u, image, u_batch, d, u_row)
-    deltas = rows_of(delta, image, delta_batch, d, delta_row)
-    grads = rows_of(grad, image, grad_batch, d, grad_row)
+    us = rows_of(u, image, u_batch, d, u_stride, LAST & 1, STEP_UNIT, CHANNEL_UNIT)
+    deltas = rows_of(delta, image, delta_batch, d, delta_stride, LAST & 2, STEP_UNIT, CHANNEL_UNIT)
+    grads = rows_of(grad, image, grad_batch, d, grad_stride, LAST & 8, STEP_UNIT, CHANNEL_UNIT)
     if not CONSTANT_B:
         B += image * B_batch * UNIT + (begin // B_span).to(tl.int64) * B_group * UNIT
     if not CONSTANT_C:
         C += image * C_batch * UNIT + (begin // C_span).to(tl.int64) * C_group * UNIT
     if z is not None:
-        zs = rows_of(z, image, z_batch, d, z_row)
+        zs = rows_of(z, image, z_batch, d, z_stride, LAST & 4, STEP_UNIT, CHANNEL_UNIT)
     shift = load_parameter(bias, d, in_d)
     skips = load_parameter(skip, d, in_d)
     rates = tl.load(A + d[:, None] * N + n_all, mask=of_states, other=0.0).to(tl.float32)
     kept = states + ((image * D + d) * (chunks + 1))[:, None] * N + n_all
-    place_out = (image * D + d)[:, None] * padded
+    place_out = ((image * D + d) * end)[:, None]
     parts = (image * blocks + block) * N * padded
     carry = tl.zeros([BLOCK_D, STATES], tl.float32)
     if SEGMENTED and not MAPS:
@@ -76,14 +80,13 @@ def _scan_fn_backward(u, delta, A, B, C, skip, z, bias, grad, sums, ends, states
         chunk = last - 1 - i
         t = chunk * TILE + tl.arange(0, TILE)
         in_t = t < padded
-        inside = in_d[:, None] & in_t[None, :]
-        gy = load_walked(grads, t, inside)
+        inside, in_row = in_d[:, None] & (t < end)[None, :], in_d[:, None] & in_t[None, :]
+        gy = load_walked(grads, t, grad_stride, inside, LAST & 8, CHANNEL_UNIT)
         if z is not None:
-            gate = load_walked(zs, t, inside)
-            opened = sigmoid(gate)
-            gz = gy * (opened * (1 + gate * (1 - opened)))
-            gy *= gate * opened
-        step, raw = load_steps(deltas, shift, t, inside, L, SOFTPLUS)
+            gate = load_walked(zs, t, z_stride, inside, LAST & 4, CHANNEL_UNIT)
+            gy *= gate * sigmoid(gate)
+        step = load_walked(deltas, t, delta_stride, inside, LAST & 2, CHANNEL_UNIT)
+        step, _ = steps_of(step, shift, inside, SOFTPLUS)
         if MAPS:
             through = tl.cumsum(step, 1)
             total = tl.sum(step, 1)
@@ -91,20 +94,19 @@ def _scan_fn_backward(u, delta, A, B, C, skip, z, bias, grad, sums, ends, states
             added = tl.zeros([BLOCK_D, STATES], tl.float32)
             for n in range(N):
                 rate = tl.load(A + d * N + n, mask=in_d, other=0.0).to(tl.float32)
-                c = load_projection(C, n, d, in_d, t, inside, N, C_row, CONSTANT_C)
+                c = load_projection(C, n, d, in_d, t, in_row, N, C_row, CONSTANT_C)
                 added = put(added, n, tl.sum(exp2(through * rate[:, None]) * (gy * c), 1))
             carry = exp2(total[:, None] * rates) * carry + added
         else:
             before = tl.load(kept + chunk * N, mask=of_states, other=0.0)
-            x = load_walked(us, t, inside)
-            drive = step * x * LN2
-            y = x * skips[:, None]
+            drive = load_walked(us, t, u_stride, inside, LAST & 1, CHANNEL_UNIT) * step * LN2
+            y = tl.zeros([BLOCK_D, TILE], tl.float32)
             g_drive = tl.zeros([BLOCK_D, TILE], tl.float32)
             g_step = tl.zeros([BLOCK_D, TILE], tl.float32)
             for n in range(N):
                 rate = tl.load(A + d * N + n, mask=in_d, other=0.0).to(tl.float32)[:, None]
-                b = load_projection(B, n, d, in_d, t, inside, N, B_row, CONSTANT_B)
-                c = load_projection(C, n, d, in_d, t, inside, N, C_row, CONSTANT_C)
+                b = load_projection(B, n, d, in_d, t, in_row, N, B_row, CONSTANT_B)
+                c = load_projection(C, n, d, in_d, t, in_row, N, C_row, CONSTANT_C)
                 decay = exp2_of_product(step, rate)
                 drives = drive * b
                 a, decayed, _ = tl.associative_scan((decay, tl.zeros_like(decay), drives), 1, compose_apart)
@@ -112,31 +114,38 @@ def _scan_fn_backward(u, delta, A, B, C, skip, z, bias, grad, sums, ends, states
                 h = decayed + drives
                 if z is not None:
                     y += h * c
-                a, g, _ = tl.associative_scan((tl.full([BLOCK_D, TILE], 1.0, tl.float32), gy * c, decay), 1,
-                                              compose_before, reverse=True)
-                g += a * pick(carry, n)[:, None]
-                exponent = g * decayed
-                g_step += exponent * rate
-                g_drive += g * b
-                total_A = add_to(total_A, n, tl.sum(exponent * step, 1))
-                carry = put(carry, n, step_of(g * decay, 0))
-                if CONSTANT_B:
-                    total_B = add_to(total_B, n, tl.sum(g * drive, 1))
-                else:
-                    tl.store(parts_B + parts + n * padded + t, tl.sum(g * drive, 0), mask=in_t)
                 if CONSTANT_C:
                     total_C = add_to(total_C, n, tl.sum(gy * h, 1))
                 else:
                     tl.store(parts_C + parts + n * padded + t, tl.sum(gy * h, 0), mask=in_t)
-            g_raw = through_softplus(g_step + g_drive * x, raw, SOFTPLUS)
-            g_raw = tl.where((t < L)[None, :], g_raw, 0.0)
-            total_bias += tl.sum(g_raw, 1)
-            total_skip += tl.sum(gy * x, 1)
+                a, g, _ = tl.associative_scan((tl.full([BLOCK_D, TILE], 1.0, tl.float32), gy * c, decay), 1,
+                                              compose_before, reverse=True)
+                g += a * pick(carry, n)[:, None]
+                carry = put(carry, n, step_of(g * decay, 0))
+                g_drive += g * b
+                if CONSTANT_B:
+                    total_B = add_to(total_B, n, tl.sum(g * drive, 1))
+                else:
+                    tl.store(parts_B + parts + n * padded + t, tl.sum(g * drive, 0), mask=in_t)
+                g *= decayed
+                g_step += g * rate
+                total_A = add_to(total_A, n, tl.sum(g * step, 1))
+            # Read again what the loop over states would have kept from registers.
+            x = load_walked(us, t, u_stride, inside, LAST & 1, CHANNEL_UNIT)
             g_x = g_drive * step * LN2 + gy * skips[:, None]
             tl.store(grad_u + place_out + t[None, :], g_x.to(grad_u.dtype.element_ty), mask=inside)
+            total_skip += tl.sum(gy * x, 1)
+            raw = load_walked(deltas, t, delta_stride, inside, LAST & 2, CHANNEL_UNIT)
+            _, raw = steps_of(raw, shift, inside, SOFTPLUS)
+            g_raw = tl.where(inside, through_softplus(g_step + g_drive * x, raw, SOFTPLUS), 0.0)
+            total_bias += tl.sum(g_raw, 1)
             tl.store(grad_delta + place_out + t[None, :], g_raw.to(grad_delta.dtype.element_ty), mask=inside)
             if z is not None:
-                tl.store(grad_z + place_out + t[None, :], (gz * y).to(grad_z.dtype.element_ty), mask=inside)
+                gate = load_walked(zs, t, z_stride, inside, LAST & 4, CHANNEL_UNIT)
+                opened = sigmoid(gate)
+                gy = load_walked(grads, t, grad_stride, inside, LAST & 8, CHANNEL_UNIT)
+                gz = gy * (opened * (1 + gate * (1 - opened))) * (y + x * skips[:, None])
+                tl.store(grad_z + place_out + t[None, :], gz.to(grad_z.dtype.element_ty), mask=inside)
     row = (seg * batch + image) * D + d
     if MAPS:
         tl.store(sums + row, elapsed, mask=in_d)
@@ -216,5 +225,4 @@ def backward(grad, u, delta, A, B, C, D, z, bias, softplus, states, *, chunk):
         grad_B = _total(run, B, parts_B)
     if parts_C is not None:
         grad_C = _total(run, C, parts_C)
-    return [grad if grad is None else grad[..., :run.L] if grad.dim() == 3 else grad
-            for grad in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias)]
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias

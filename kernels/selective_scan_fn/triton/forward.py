@@ -11,40 +11,45 @@ from .tiles import (
     Launch,
     add_apart,
     compose,
+    ends_of,
     from_segments,
     load_parameter,
     load_projection,
-    load_steps,
     load_walked,
     pick,
     place,
     put,
     rows_of,
     step_of,
+    steps_of,
 )
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _scan_fn(u, delta, A, B, C, skip, z, bias, grad, sums, ends, out, states, batch, D, L, N, chunks, segs, each, span,
-             span_blocks, B_span, C_span, u_batch, u_row, delta_batch, delta_row, z_batch, z_row, grad_batch, grad_row,
-             B_batch, B_group, B_row, C_batch, C_group, C_row, SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr,
-             CONSTANT_C: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STATES: tl.constexpr,
+             span_blocks, B_span, C_span, u_batch, u_stride, delta_batch, delta_stride, z_batch, z_stride, grad_batch,
+             grad_stride, B_batch, B_group, B_row, C_batch, C_group, C_row, SOFTPLUS: tl.constexpr,
+             CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, LAST: tl.constexpr, STEP_UNIT: tl.constexpr,
+             CHANNEL_UNIT: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STATES: tl.constexpr,
              MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
     """One block of channels, all states, and a segment of an image's steps. With ``MAPS`` only what the segment does to
     a state of zeros, ``ends`` (segs, B, D, N), and the ``sums`` (segs, B, D) of its steps in units of log(2), from
-    which those with ``SEGMENTED`` start. ``out`` is (B, D, L rounded up to a multiple of UNIT), dense."""
-    block, blocks, image, seg, first, last, begin, d, in_d = place(D, segs, each, chunks, span, span_blocks, BLOCK_D)
-    padded = (L.to(tl.int64) + UNIT - 1) // UNIT * UNIT
+    which those with ``SEGMENTED`` start. ``LAST``: bits, of ``u``, ``delta``, ``z``, for those whose channels are
+    adjacent, not the steps. ``out`` is dense."""
+    block, blocks, image, seg, first, last, begin, d, in_d = place(D, segs, each, chunks, span, span_blocks, BLOCK_D,
+                                                                   CHANNEL_UNIT)
+    end, padded = ends_of(L, STEP_UNIT)
     n_all = tl.arange(0, STATES)[None, :]
     of_states = in_d[:, None] & (n_all < N)
-    us = rows_of(u, image, u_batch, d, u_row)
-    deltas = rows_of(delta, image, delta_batch, d, delta_row)
+    us = rows_of(u, image, u_batch, d, u_stride, LAST & 1, STEP_UNIT, CHANNEL_UNIT)
+    deltas = rows_of(delta, image, delta_batch, d, delta_stride, LAST & 2, STEP_UNIT, CHANNEL_UNIT)
+    outs = out + ((image * D + d) * end)[:, None]
     if not CONSTANT_B:
         B += image * B_batch * UNIT + (begin // B_span).to(tl.int64) * B_group * UNIT
     if not CONSTANT_C:
         C += image * C_batch * UNIT + (begin // C_span).to(tl.int64) * C_group * UNIT
     if z is not None:
-        zs = rows_of(z, image, z_batch, d, z_row)
+        zs = rows_of(z, image, z_batch, d, z_stride, LAST & 4, STEP_UNIT, CHANNEL_UNIT)
     shift = load_parameter(bias, d, in_d)
     skips = load_parameter(skip, d, in_d)
     rates = tl.load(A + d[:, None] * N + n_all, mask=of_states, other=0.0).to(tl.float32)
@@ -56,10 +61,10 @@ def _scan_fn(u, delta, A, B, C, skip, z, bias, grad, sums, ends, out, states, ba
 
     for chunk in range(first, last):
         t = chunk * TILE + tl.arange(0, TILE)
-        in_t = t < padded
-        inside = in_d[:, None] & in_t[None, :]
-        x = load_walked(us, t, inside)
-        step, _ = load_steps(deltas, shift, t, inside, L, SOFTPLUS)
+        inside, in_row = in_d[:, None] & (t < end)[None, :], in_d[:, None] & (t < padded)[None, :]
+        x = load_walked(us, t, u_stride, inside, LAST & 1, CHANNEL_UNIT)
+        step = load_walked(deltas, t, delta_stride, inside, LAST & 2, CHANNEL_UNIT)
+        step, _ = steps_of(step, shift, inside, SOFTPLUS)
         drive = step * x * LN2
         if MAPS:
             _, behind = tl.associative_scan((step, tl.zeros_like(step)), 1, add_apart, reverse=True)
@@ -68,7 +73,7 @@ def _scan_fn(u, delta, A, B, C, skip, z, bias, grad, sums, ends, out, states, ba
             added = tl.zeros([BLOCK_D, STATES], tl.float32)
             for n in range(N):
                 rate = tl.load(A + d * N + n, mask=in_d, other=0.0).to(tl.float32)
-                b = load_projection(B, n, d, in_d, t, inside, N, B_row, CONSTANT_B)
+                b = load_projection(B, n, d, in_d, t, in_row, N, B_row, CONSTANT_B)
                 added = put(added, n, tl.sum(exp2(behind * rate[:, None]) * (drive * b), 1))
             state = exp2(total[:, None] * rates) * state + added
         else:
@@ -76,16 +81,16 @@ def _scan_fn(u, delta, A, B, C, skip, z, bias, grad, sums, ends, out, states, ba
             y = x * skips[:, None]
             for n in range(N):
                 rate = tl.load(A + d * N + n, mask=in_d, other=0.0).to(tl.float32)
-                b = load_projection(B, n, d, in_d, t, inside, N, B_row, CONSTANT_B)
-                c = load_projection(C, n, d, in_d, t, inside, N, C_row, CONSTANT_C)
+                b = load_projection(B, n, d, in_d, t, in_row, N, B_row, CONSTANT_B)
+                c = load_projection(C, n, d, in_d, t, in_row, N, C_row, CONSTANT_C)
                 a, h = tl.associative_scan((exp2_of_product(step, rate[:, None]), drive * b), 1, compose)
                 h += a * pick(state, n)[:, None]
                 y += h * c
                 state = put(state, n, step_of(h, TILE - 1))
             if z is not None:
-                gate = load_walked(zs, t, inside)
+                gate = load_walked(zs, t, z_stride, inside, LAST & 4, CHANNEL_UNIT)
                 y *= gate * sigmoid(gate)
-            tl.store(out + (image * D + d)[:, None] * padded + t[None, :], y.to(out.dtype.element_ty), mask=inside)
+            tl.store(outs + t[None, :], y.to(out.dtype.element_ty), mask=inside)
     if MAPS:
         row = (seg * batch + image) * D + d
         tl.store(sums + row, elapsed, mask=in_d)
@@ -108,4 +113,4 @@ def forward(u, delta, A, B, C, D, z, bias, softplus, *, chunk):
     if run.segments > 1:
         run(_scan_fn, *maps, out, states, constants=(True, True))
     run(_scan_fn, *maps, out, states, constants=(False, run.segments > 1))
-    return out[..., :run.L], states
+    return out, states

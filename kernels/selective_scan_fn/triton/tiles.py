@@ -14,13 +14,14 @@ import triton.language as tl
 from ..._core.triton_math import LOG2_E, exp2, slope_of, soft_step
 from ..._core.triton_support import cdiv, launch, next_power_of_2
 
-#: Rows begin at multiples of so many elements: 16 bytes of half precision.
+#: Elements of 16 bytes of half precision. Where all strides are multiples of them, threads load as many at once.
 UNIT = tl.constexpr(8)
-#: Arguments of the kernels for whose values none is compiled anew; strides are in units of ``UNIT``.
+#: Arguments of the kernels for whose values none is compiled anew; strides are in units of what they are known to be
+#: multiples of.
 RUNTIME = ['batch', 'D', 'L', 'N', 'chunks', 'segs', 'each', 'span', 'span_blocks', 'B_span', 'C_span', 'u_batch',
-           'u_row', 'delta_batch', 'delta_row', 'z_batch', 'z_row', 'grad_batch', 'grad_row', 'B_batch', 'B_group',
-           'B_row', 'C_batch', 'C_group', 'C_row']
-#: Numbers of a tile of steps that a warp has, 8 a thread; or twice as many of one of states.
+           'u_stride', 'delta_batch', 'delta_stride', 'z_batch', 'z_stride', 'grad_batch', 'grad_stride', 'B_batch',
+           'B_group', 'B_row', 'C_batch', 'C_group', 'C_row']
+#: Numbers that a warp has of a tile of steps or of states, at most: 8 a thread.
 _WARP = 256
 #: The sequence is cut into segments where images and channels give fewer warps than the first, so that there are about
 #: as many as the second. Not measured yet.
@@ -28,10 +29,11 @@ _FEW_WARPS, _ENOUGH_WARPS = 132 * 4, 132 * 8
 
 
 @triton.jit
-def place(D, segs, each, chunks, span, span_blocks, BLOCK_D: tl.constexpr):
+def place(D, segs, each, chunks, span, span_blocks, BLOCK_D: tl.constexpr, CHANNEL_UNIT: tl.constexpr):
     """Of this program: block of channels and blocks of an image, image, segment, its first chunk and what is behind its
     last one, the first channel, channels, and whether they are in its span: those that share B and C."""
     pid = tl.program_id(0)
+    span = span // CHANNEL_UNIT * CHANNEL_UNIT  # as it is, and the compiler knows
     blocks = D // span * span_blocks
     block = pid % blocks
     seg = pid // blocks % segs
@@ -43,24 +45,40 @@ def place(D, segs, each, chunks, span, span_blocks, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def rows_of(tensor, image, batch_stride, d, row_stride):
-    """Where the rows of channels ``d`` of a tensor (B, D, L) begin."""
-    return tensor + image * batch_stride * UNIT + d[:, None] * row_stride * UNIT
+def ends_of(L, STEP_UNIT: tl.constexpr):
+    """The length of rows of steps, and of those of ``B`` and ``C``, which are padded; the compiler knows what both are
+    multiples of."""
+    return L // STEP_UNIT * STEP_UNIT, (L.to(tl.int64) + UNIT - 1) // UNIT * UNIT
 
 
 @triton.jit
-def load_walked(rows, t, inside):
-    """[channels, steps] in float32, zero where there is nothing."""
-    return tl.load(rows + t[None, :], mask=inside, other=0.0).to(tl.float32)
+def rows_of(tensor, image, batch_stride, d, stride, LAST: tl.constexpr, STEP_UNIT: tl.constexpr,
+            CHANNEL_UNIT: tl.constexpr):
+    """Where the channels ``d`` of a tensor (B, D, L) begin, [channels, 1]. Its steps are adjacent and ``stride`` is
+    from a channel to the next, or with ``LAST`` its channels are, and it is from a step to the next."""
+    if LAST:
+        return tensor + image * batch_stride * CHANNEL_UNIT + d[:, None]
+    else:
+        return tensor + image * batch_stride * STEP_UNIT + d[:, None] * stride * STEP_UNIT
 
 
 @triton.jit
-def load_steps(rows, bias, t, inside, L, SOFTPLUS: tl.constexpr):
+def load_walked(rows, t, stride, inside, LAST: tl.constexpr, CHANNEL_UNIT: tl.constexpr):
+    """[channels, steps] in float32 of what ``rows_of`` found, zero where there is nothing."""
+    if LAST:
+        at = rows + t.to(tl.int64)[None, :] * stride * CHANNEL_UNIT
+    else:
+        at = rows + t[None, :]
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def steps_of(delta, bias, inside, SOFTPLUS: tl.constexpr):
     """Steps in units of log(2), zero behind the last, where a state stays as it is; and what they are made of, as
     ``slope_of`` takes it."""
-    raw = (load_walked(rows, t, inside) + bias[:, None]) * -LOG2_E
+    raw = (delta + bias[:, None]) * -LOG2_E
     step = soft_step(raw) if SOFTPLUS else -raw
-    return tl.where((t < L)[None, :], step, 0.0), raw
+    return tl.where(inside, step, 0.0), raw
 
 
 @triton.jit
@@ -151,9 +169,9 @@ def from_segments(sums, ends, first, count, STEP: tl.constexpr, image, batch, d,
     return state
 
 
-def walked(tensor):
-    """``tensor`` (..., L) with adjacent steps and rows that begin at multiples of ``UNIT``; a copy where they do not,
-    with zeros behind the last step."""
+def padded(tensor):
+    """``tensor`` (B, G, N, L) with adjacent steps and rows that begin at multiples of ``UNIT``; a copy where they do
+    not, with zeros behind the last step."""
     if tensor.shape[-1] % UNIT.value:
         tensor = F.pad(tensor, (0, -tensor.shape[-1] % UNIT.value))
     if tensor.stride(-1) != 1 or any(stride % UNIT.value for stride in tensor.stride()[:-1]):
@@ -161,16 +179,35 @@ def walked(tensor):
     return tensor
 
 
+def walked(tensor):
+    """``tensor`` (B, D, L), or a copy where neither its steps nor its channels are adjacent; whether only the channels
+    are; and its strides, of images and of the other dimension."""
+    batch, row, step = (stride if size > 1 else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if 1 not in (row, step):
+        return walked(tensor.contiguous())
+    batch = 0 if tensor.shape[0] == 1 else batch
+    return (tensor, False, (batch, row)) if step == 1 else (tensor, True, (batch, step))
+
+
+def unit_of(multiples):
+    """``UNIT`` if all numbers are multiples of it, else 1."""
+    return 1 if any(number % UNIT.value for number in multiples) else UNIT.value
+
+
 class Launch:
     """The shapes of one call, and the launch of kernels whose first arguments are those of the operator. ``warps``: of
     a program, at most."""
 
     def __init__(self, u, delta, A, B, C, D, z, bias, softplus, grad, chunk, warps):
-        tensors = [t.float() if t is not None and t.dtype == torch.float64 else t
-                   for t in (u, delta, A, B, C, D, z, bias, grad)]
+        u, delta, A, B, C, D, z, bias, grad = (
+            t.float() if t is not None and t.dtype == torch.float64 else t
+            for t in (u, delta, A, B, C, D, z, bias, grad))
         (self.batch, self.D, self.L), self.N = u.shape, A.shape[1]
-        tensors = [t if t is None else walked(t) if t.dim() > 2 else t.contiguous() for t in tensors]
-        u, delta, A, B, C, D, z, bias, grad = self.tensors = tensors
+        (u, delta, z, grad), lasts, strides = zip(
+            *((None, None, (0, 0)) if t is None else walked(t) for t in (u, delta, z, grad)), strict=True)
+        A, D, bias = (None if t is None else t.contiguous() for t in (A, D, bias))
+        B, C = (t.contiguous() if t.dim() == 2 else padded(t) for t in (B, C))
+        self.tensors = u, delta, A, B, C, D, z, bias, grad
         self.row = cdiv(self.L, UNIT.value) * UNIT.value
         self.tile = min(chunk, max(16, next_power_of_2(self.L)))
         self.chunks = cdiv(self.L, chunk)
@@ -178,7 +215,7 @@ class Launch:
         self.states = max(32, next_power_of_2(self.N))
         B_span, C_span = (self.D // t.shape[1] if t.dim() > 2 else self.D for t in (B, C))
         self.span = math.gcd(B_span, C_span)
-        row = max(self.tile, self.states // 2)
+        row = max(self.tile, self.states)
         self.block = min(warps * _WARP // row, next_power_of_2(self.span))
         self.warps = max(1, self.block * row // _WARP)
         self.span_blocks = cdiv(self.span, self.block)
@@ -188,24 +225,28 @@ class Launch:
         if having < _FEW_WARPS:
             self.each = cdiv(self.chunks, min(self.chunks, cdiv(_ENOUGH_WARPS, having)))
             self.segments = cdiv(self.chunks, self.each)
-
-        def strides(t):
-            return (0, 0) if t is None else [stride // UNIT.value for stride in t.stride()[:2]]
+        step_unit = unit_of((self.L, *(s for last, pair in zip(lasts, strides, strict=True) if last is False
+                                       for s in pair)))
+        of_last = [s for last, pair in zip(lasts, strides, strict=True) if last for s in pair]
+        channel_unit = unit_of((self.span, *of_last)) if of_last else 1
+        strides = [s // (channel_unit if last else step_unit)
+                   for last, pair in zip(lasts, strides, strict=True) for s in pair]
 
         def projection_strides(t):
             return (0, 0, 0) if t.dim() == 2 else [stride // UNIT.value for stride in t.stride()[:3]]
 
         self.numbers = (self.batch, self.D, self.L, self.N, self.chunks, self.segments, self.each, self.span,
-                        self.span_blocks, B_span, C_span, *strides(u), *strides(delta), *strides(z), *strides(grad),
-                        *projection_strides(B), *projection_strides(C), bool(softplus), B.dim() == 2, C.dim() == 2,
-                        self.block, self.tile, self.states)
+                        self.span_blocks, B_span, C_span, *strides, *projection_strides(B), *projection_strides(C),
+                        bool(softplus), B.dim() == 2, C.dim() == 2,
+                        sum(bool(last) << i for i, last in enumerate(lasts)), step_unit, channel_unit, self.block,
+                        self.tile, self.states)
 
     def empty(self, *shape, dtype=torch.float32):
         return self.tensors[0].new_empty(shape, dtype=dtype)
 
     def like(self, tensor):
-        """Memory for what is as a tensor (B, D, L), with rows that begin at multiples of ``UNIT``."""
-        return self.empty(self.batch, self.D, self.row, dtype=tensor.dtype)
+        """Memory for what is as a tensor (B, D, L)."""
+        return self.empty(self.batch, self.D, self.L, dtype=tensor.dtype)
 
     def maps(self):
         """Memory for the sums of steps of segments, and for what they make of no state; None where there is one."""
