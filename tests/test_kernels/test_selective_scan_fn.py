@@ -118,7 +118,7 @@ def sizes():
                 continue
             for d_state in (1, 3, 16, 64, 256):
                 for length in (1, 7, 64, 1000, 4097, 67200):
-                    if (backend, device) != ('triton', 'cpu') or d_state * math.ceil(length / 256) <= 32:
+                    if (backend, device) != ('triton', 'cpu') or d_state * math.ceil(length / 256) <= 16:
                         yield backend, device, d_state, length
 
 

@@ -6,11 +6,12 @@ import triton.language as tl
 from ..._core.triton_math import LN2, exp2, exp2_of_product, sigmoid
 from ..._core.triton_support import cdiv
 from .tiles import (
+    RUN,
     RUNTIME,
     UNIT,
     Launch,
     add_apart,
-    compose,
+    ends_in,
     ends_of,
     from_segments,
     load_parameter,
@@ -18,10 +19,13 @@ from .tiles import (
     load_walked,
     pick,
     place,
-    put,
+    projection_runs,
     rows_of,
-    step_of,
+    states_of,
     steps_of,
+    store_runs,
+    through_runs,
+    walked_runs,
 )
 
 
@@ -36,65 +40,87 @@ def _scan_fn(u, delta, A, B, C, skip, z, bias, grad, sums, ends, out, states, ba
     a state of zeros, ``ends`` (segs, B, D, N), and the ``sums`` (segs, B, D) of its steps in units of log(2), from
     which those with ``SEGMENTED`` start. ``LAST``: bits, of ``u``, ``delta``, ``z``, for those whose channels are
     adjacent, not the steps. ``out`` is dense."""
-    block, blocks, image, seg, first, last, begin, d, in_d = place(D, segs, each, chunks, span, span_blocks, BLOCK_D,
-                                                                   CHANNEL_UNIT)
+    block, blocks, image, seg, first, last, span_begin, d, in_d = place(D, segs, each, chunks, span, span_blocks,
+                                                                        BLOCK_D, CHANNEL_UNIT)
     end, padded = ends_of(L, STEP_UNIT)
-    n_all = tl.arange(0, STATES)[None, :]
-    of_states = in_d[:, None] & (n_all < N)
+    states_n = states_of(TILE, STATES)
+    of_states = in_d[:, None, None] & (states_n < N)
     us = rows_of(u, image, u_batch, d, u_stride, LAST & 1, STEP_UNIT, CHANNEL_UNIT)
     deltas = rows_of(delta, image, delta_batch, d, delta_stride, LAST & 2, STEP_UNIT, CHANNEL_UNIT)
     outs = out + ((image * D + d) * end)[:, None]
     if not CONSTANT_B:
-        B += image * B_batch * UNIT + (begin // B_span).to(tl.int64) * B_group * UNIT
+        B += image * B_batch * UNIT + (span_begin // B_span).to(tl.int64) * B_group * UNIT
     if not CONSTANT_C:
-        C += image * C_batch * UNIT + (begin // C_span).to(tl.int64) * C_group * UNIT
+        C += image * C_batch * UNIT + (span_begin // C_span).to(tl.int64) * C_group * UNIT
     if z is not None:
         zs = rows_of(z, image, z_batch, d, z_stride, LAST & 4, STEP_UNIT, CHANNEL_UNIT)
     shift = load_parameter(bias, d, in_d)
     skips = load_parameter(skip, d, in_d)
-    rates = tl.load(A + d[:, None] * N + n_all, mask=of_states, other=0.0).to(tl.float32)
-    kept = states + ((image * D + d) * (chunks + 1))[:, None] * N + n_all
-    state = tl.zeros([BLOCK_D, STATES], tl.float32)
+    rates = tl.load(A + d[:, None, None] * N + states_n, mask=of_states, other=0.0).to(tl.float32)
+    kept = states + ((image * D + d) * (chunks + 1))[:, None, None] * N + states_n
+    state = tl.zeros(rates.shape, tl.float32)
     if SEGMENTED and not MAPS:
-        state = from_segments(sums, ends, 0, seg, 1, image, batch, d, in_d, rates, D, N)
+        state = from_segments(sums, ends, 0, seg, 1, image, batch, d, in_d, rates, states_n, D, N)
     elapsed = tl.zeros([BLOCK_D], tl.float32)
 
     for chunk in range(first, last):
-        t = chunk * TILE + tl.arange(0, TILE)
-        inside, in_row = in_d[:, None] & (t < end)[None, :], in_d[:, None] & (t < padded)[None, :]
-        x = load_walked(us, t, u_stride, inside, LAST & 1, CHANNEL_UNIT)
-        step = load_walked(deltas, t, delta_stride, inside, LAST & 2, CHANNEL_UNIT)
-        step, _ = steps_of(step, shift, inside, SOFTPLUS)
-        drive = step * x * LN2
+        begin = chunk * TILE
         if MAPS:
+            t = begin + tl.arange(0, TILE)
+            inside, in_row = in_d[:, None] & (t < end)[None, :], in_d[:, None] & (t < padded)[None, :]
+            step = load_walked(deltas, t, delta_stride, inside, LAST & 2, CHANNEL_UNIT)
+            step, _ = steps_of(step, shift, inside, SOFTPLUS)
+            drive = load_walked(us, t, u_stride, inside, LAST & 1, CHANNEL_UNIT) * step * LN2
             _, behind = tl.associative_scan((step, tl.zeros_like(step)), 1, add_apart, reverse=True)
             total = tl.sum(step, 1)
             elapsed += total
-            added = tl.zeros([BLOCK_D, STATES], tl.float32)
+            state *= exp2(total[:, None, None] * rates)
             for n in range(N):
                 rate = tl.load(A + d * N + n, mask=in_d, other=0.0).to(tl.float32)
                 b = load_projection(B, n, d, in_d, t, in_row, N, B_row, CONSTANT_B)
-                added = put(added, n, tl.sum(exp2(behind * rate[:, None]) * (drive * b), 1))
-            state = exp2(total[:, None] * rates) * state + added
+                added = tl.sum(exp2(behind * rate[:, None]) * (drive * b), 1)
+                state += tl.where(states_n == n, added[:, None, None], 0.0)
         else:
             tl.store(kept + chunk * N, state, mask=of_states)
-            y = x * skips[:, None]
+            xs = walked_runs(us, begin, end, u_stride, in_d, LAST & 1, CHANNEL_UNIT, TILE)
+            raws = walked_runs(deltas, begin, end, delta_stride, in_d, LAST & 2, CHANNEL_UNIT, TILE)
+            inside = ends_in(begin, end, in_d, TILE)
+            steps, drives, ys = (), (), ()
+            for s in tl.static_range(RUN):
+                step, _ = steps_of(raws[s], shift, inside[s], SOFTPLUS)
+                steps, drives, ys = steps + (step,), drives + (step * xs[s] * LN2,), ys + (xs[s] * skips[:, None],)
             for n in range(N):
-                rate = tl.load(A + d * N + n, mask=in_d, other=0.0).to(tl.float32)
-                b = load_projection(B, n, d, in_d, t, in_row, N, B_row, CONSTANT_B)
-                c = load_projection(C, n, d, in_d, t, in_row, N, C_row, CONSTANT_C)
-                a, h = tl.associative_scan((exp2_of_product(step, rate[:, None]), drive * b), 1, compose)
-                h += a * pick(state, n)[:, None]
-                y += h * c
-                state = put(state, n, step_of(h, TILE - 1))
+                rate = tl.load(A + d * N + n, mask=in_d, other=0.0).to(tl.float32)[:, None]
+                bs = projection_runs(B, n, d, in_d, begin, padded, N, B_row, CONSTANT_B, TILE)
+                cs = projection_runs(C, n, d, in_d, begin, padded, N, C_row, CONSTANT_C, TILE)
+                decays, added = (), ()
+                for s in tl.static_range(RUN):
+                    decays = decays + (exp2_of_product(steps[s], rate),)
+                    added = added + (drives[s] * bs[s],)
+                a, h = decays[0], added[0]
+                for s in tl.static_range(1, RUN):
+                    h = decays[s] * h + added[s]
+                    a *= decays[s]
+                all_a, all_b, to_a, to_b = through_runs(a, h)
+                before = pick(state, states_n == n)[:, None]
+                h = to_a * before + to_b
+                state = tl.where(states_n == n, (all_a * before + all_b)[:, :, None], state)
+                sums_y = ()
+                for s in tl.static_range(RUN):
+                    h = decays[s] * h + added[s]
+                    sums_y = sums_y + (ys[s] + h * cs[s],)
+                ys = sums_y
             if z is not None:
-                gate = load_walked(zs, t, z_stride, inside, LAST & 4, CHANNEL_UNIT)
-                y *= gate * sigmoid(gate)
-            tl.store(outs + t[None, :], y.to(out.dtype.element_ty), mask=inside)
+                gates = walked_runs(zs, begin, end, z_stride, in_d, LAST & 4, CHANNEL_UNIT, TILE)
+                gated = ()
+                for s in tl.static_range(RUN):
+                    gated = gated + (ys[s] * gates[s] * sigmoid(gates[s]),)
+                ys = gated
+            store_runs(outs, ys, begin, end, in_d, TILE)
     if MAPS:
         row = (seg * batch + image) * D + d
         tl.store(sums + row, elapsed, mask=in_d)
-        tl.store(ends + row[:, None] * N + n_all, state, mask=of_states)
+        tl.store(ends + row[:, None, None] * N + states_n, state, mask=of_states)
     else:
         tl.store(kept + chunks * N, state, mask=of_states & (seg == segs - 1))
 

@@ -16,6 +16,8 @@ from ..._core.triton_support import cdiv, launch, next_power_of_2
 
 #: Elements of 16 bytes of half precision. Where all strides are multiples of them, threads load as many at once.
 UNIT = tl.constexpr(8)
+#: Adjacent steps that a thread has, one after the other.
+RUN = tl.constexpr(8)
 #: Arguments of the kernels for whose values none is compiled anew; strides are in units of what they are known to be
 #: multiples of.
 RUNTIME = ['batch', 'D', 'L', 'N', 'chunks', 'segs', 'each', 'span', 'span_blocks', 'B_span', 'C_span', 'u_batch',
@@ -107,47 +109,173 @@ def load_projection(tensor, n, d, in_d, t, inside, N, row, CONSTANT: tl.constexp
 
 
 @triton.jit
-def pick(tile, n):
-    """Column ``n`` of [channels, states]."""
-    return tl.sum(tl.where(tl.arange(0, tile.shape[1])[None, :] == n, tile, 0.0), 1)
+def runs_of(x):
+    """[channels, steps] as a tuple of eight [channels, runs]: the first steps of all runs, the second ones, ..."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // RUN, 2, 2, 2)))
+    s04, s26 = tl.split(even)
+    s15, s37 = tl.split(odd)
+    s0, s4 = tl.split(s04)
+    s2, s6 = tl.split(s26)
+    s1, s5 = tl.split(s15)
+    s3, s7 = tl.split(s37)
+    return s0, s1, s2, s3, s4, s5, s6, s7
 
 
 @triton.jit
-def put(tile, n, column):
-    """[channels, states] with ``column`` in the place of ``n``."""
-    return tl.where(tl.arange(0, tile.shape[1])[None, :] == n, column[:, None], tile)
+def steps_in_order(x):
+    """What ``runs_of`` took apart."""
+    even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+    odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
+    return tl.reshape(tl.join(even, odd), (x[0].shape[0], x[0].shape[1] * RUN))
 
 
 @triton.jit
-def add_to(tile, n, column):
-    """[channels, states] with ``column`` added to ``n``."""
-    return tile + tl.where(tl.arange(0, tile.shape[1])[None, :] == n, column[:, None], 0.0)
+def no_runs(CHANNELS: tl.constexpr, TILE: tl.constexpr):
+    """Eight [channels, runs] of zeros."""
+    zeros = ()
+    for _ in tl.static_range(RUN):
+        zeros = zeros + (tl.zeros([CHANNELS, TILE // RUN], tl.float32),)
+    return zeros
 
 
 @triton.jit
-def step_of(tile, i):
-    """Column ``i`` of [channels, steps]."""
-    return pick(tile, i)
+def _fours(begin, TILE: tl.constexpr):
+    """Four adjacent steps of each run, [runs, 1, 4]. Of 32 bits a thread loads and stores no more at once: of a tile of
+    all steps it would have half a run. Runs come first, lest a warp have several channels."""
+    return begin + tl.arange(0, TILE // RUN)[:, None, None] * RUN + tl.arange(0, 4)[None, None, :]
 
 
 @triton.jit
-def compose(a, b, next_a, next_b):
-    """The map ``h -> a h + b``, and the next one behind it."""
-    return a * next_a, b * next_a + next_b
+def _load_fours(at, mask):
+    """A tuple of four [channels, runs] from [runs, channels, 4]."""
+    x = tl.load(tl.broadcast_to(at, mask.shape), mask=mask, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2)))
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
+    return tl.trans(s0), tl.trans(s1), tl.trans(s2), tl.trans(s3)
 
 
 @triton.jit
-def compose_apart(a, b, last, next_a, next_b, next_last):
-    """As ``compose`` for ``h -> a h + b + last``, where ``last`` is what the last step adds: the rest is the state
-    before that step times the step's decay, which a difference would give with few digits."""
-    return a * next_a, (b + last) * next_a + next_b, next_last
+def walked_runs(rows, begin, end, stride, in_d, LAST: tl.constexpr, CHANNEL_UNIT: tl.constexpr, TILE: tl.constexpr):
+    """``load_walked`` in runs, of the chunk that begins at step ``begin``."""
+    if rows.dtype.element_ty.primitive_bitwidth == 32:
+        runs = ()
+        for half in tl.static_range(2):
+            t = _fours(begin + 4 * half, TILE)
+            mask = in_d[None, :, None] & (t < end)
+            if LAST:
+                runs = runs + _load_fours(tl.trans(rows)[:, :, None] + t.to(tl.int64) * stride * CHANNEL_UNIT, mask)
+            else:
+                runs = runs + _load_fours(tl.trans(rows)[:, :, None] + t, mask)
+        return runs
+    else:
+        t = begin + tl.arange(0, TILE)
+        return runs_of(load_walked(rows, t, stride, in_d[:, None] & (t < end)[None, :], LAST, CHANNEL_UNIT))
 
 
 @triton.jit
-def compose_before(a, b, decay, next_a, next_b, next_decay):
-    """As ``compose`` where each map is followed by a ``decay``, but for the last one's."""
-    a_too = decay * next_a
-    return a * a_too, b * a_too + next_b, next_decay
+def projection_runs(tensor, n, d, in_d, begin, padded, N, row, CONSTANT: tl.constexpr, TILE: tl.constexpr):
+    """``load_projection`` in runs, likewise."""
+    if CONSTANT:
+        x = load_projection(tensor, n, d, in_d, 0, in_d, N, row, True)
+        return x, x, x, x, x, x, x, x
+    elif tensor.dtype.element_ty.primitive_bitwidth == 32:
+        runs = ()
+        for half in tl.static_range(2):
+            t = _fours(begin + 4 * half, TILE)
+            runs = runs + _load_fours(tensor + n * row.to(tl.int64) * UNIT + t, in_d[None, :, None] & (t < padded))
+        return runs
+    else:
+        t = begin + tl.arange(0, TILE)
+        return runs_of(load_projection(tensor, n, d, in_d, t, in_d[:, None] & (t < padded)[None, :], N, row, False))
+
+
+@triton.jit
+def store_runs(rows, runs, begin, end, in_d, TILE: tl.constexpr):
+    """Stores what comes in runs in rows of adjacent steps, [channels, 1]."""
+    if rows.dtype.element_ty.primitive_bitwidth == 32:
+        for half in tl.static_range(2):
+            t = _fours(begin + 4 * half, TILE)
+            x = tl.join(tl.join(runs[4 * half], runs[4 * half + 2]), tl.join(runs[4 * half + 1], runs[4 * half + 3]))
+            x = tl.permute(tl.reshape(x, (x.shape[0], x.shape[1], 4)), (1, 0, 2))
+            tl.store(tl.trans(rows)[:, :, None] + t, x, mask=in_d[None, :, None] & (t < end))
+    else:
+        t = begin + tl.arange(0, TILE)
+        tl.store(rows + t[None, :], steps_in_order(runs).to(rows.dtype.element_ty),
+                 mask=in_d[:, None] & (t < end)[None, :])
+
+
+@triton.jit
+def ends_in(begin, end, in_d, TILE: tl.constexpr):
+    """Which of the first steps of runs, the second, ... there are, eight [channels, runs]."""
+    masks = ()
+    for s in tl.static_range(RUN):
+        masks = masks + (in_d[:, None] & (begin + tl.arange(0, TILE // RUN) * RUN + s < end)[None, :],)
+    return masks
+
+
+@triton.constexpr_function
+def rounds_of(runs):
+    """In which ``runs`` runs, a power of 2, tell each other what they do."""
+    return runs.bit_length() - 1
+
+
+@triton.jit
+def _swap(x, BIT: tl.constexpr):
+    """[channels, runs] with runs exchanged whose numbers differ in ``BIT`` alone."""
+    pairs = tl.reshape(x.to(tl.int32, bitcast=True), (x.shape[0], x.shape[1] >> (BIT + 1), 2, 1 << BIT))
+    # The exclusive or of both and one of them is the other; of all this, an exchange between threads remains.
+    return tl.reshape(tl.xor_sum(pairs, 2, keep_dims=True) ^ pairs, x.shape).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def through_runs(a, b):
+    """Runs apply the maps ``h -> a h + b``, [channels, runs], one after the other. Returns (a, b) of all of them
+    together, and of those before each."""
+    to_a = tl.full(a.shape, 1.0, tl.float32)
+    to_b = tl.zeros(a.shape, tl.float32)
+    for BIT in tl.static_range(rounds_of(a.shape[1])):
+        late = (tl.arange(0, a.shape[1])[None, :] >> BIT) % 2 == 1
+        other_a, other_b = _swap(a, BIT), _swap(b, BIT)
+        to_b = tl.where(late, to_a * other_b + to_b, to_b)
+        to_a = tl.where(late, to_a * other_a, to_a)
+        b = tl.where(late, a * other_b + b, other_a * b + other_b)
+        a = a * other_a
+    return a, b, to_a, to_b
+
+
+@triton.jit
+def both_ways(a, b, r):
+    """As ``through_runs`` for ``h -> a h + b`` from the first to the last, and for ``g -> a g + r`` from the last to
+    the first. Returns (a, r) of all runs together, (a, b) of those before each, and (a, r) of those behind it."""
+    to_a = tl.full(a.shape, 1.0, tl.float32)
+    to_b = tl.zeros(a.shape, tl.float32)
+    from_a, from_r = to_a, to_b
+    for BIT in tl.static_range(rounds_of(a.shape[1])):
+        late = (tl.arange(0, a.shape[1])[None, :] >> BIT) % 2 == 1
+        other_a, other_b, other_r = _swap(a, BIT), _swap(b, BIT), _swap(r, BIT)
+        to_b = tl.where(late, to_a * other_b + to_b, to_b)
+        to_a = tl.where(late, to_a * other_a, to_a)
+        from_r = tl.where(late, from_r, from_a * other_r + from_r)
+        from_a = tl.where(late, from_a, from_a * other_a)
+        b = tl.where(late, a * other_b + b, other_a * b + other_b)
+        r = tl.where(late, other_a * r + other_r, a * other_r + r)
+        a = a * other_a
+    return a, r, to_a, to_b, from_a, from_r
+
+
+@triton.jit
+def states_of(TILE: tl.constexpr, STATES: tl.constexpr):
+    """Numbers of the states, [1, runs, states / runs], so that [channels, runs] can be put in the place of one."""
+    RUNS: tl.constexpr = TILE // RUN
+    EACH: tl.constexpr = STATES // RUNS
+    return tl.arange(0, RUNS)[None, :, None] * EACH + tl.arange(0, EACH)[None, None, :]
+
+
+@triton.jit
+def pick(tile, is_n):
+    """[channels], that of the states of ``tile`` for which ``is_n``."""
+    return tl.sum(tl.sum(tl.where(is_n, tile, 0.0), 2), 1)
 
 
 @triton.jit
@@ -157,15 +285,15 @@ def add_apart(total, before, next_total, next_before):
 
 
 @triton.jit
-def from_segments(sums, ends, first, count, STEP: tl.constexpr, image, batch, d, in_d, rates, D, N):
+def from_segments(sums, ends, first, count, STEP: tl.constexpr, image, batch, d, in_d, rates, n, D, N):
     """What ``count`` segments from ``first`` on, one after the other, make of a state of zeros."""
-    n = tl.arange(0, rates.shape[1])[None, :]
-    mask = in_d[:, None] & (n < N)
+    mask = in_d[:, None, None] & (n < N)
     state = tl.zeros(rates.shape, tl.float32)
     for i in range(count):
         row = ((first + STEP * i) * batch + image) * D + d
         total = tl.load(sums + row, mask=in_d, other=0.0)
-        state = exp2(total[:, None] * rates) * state + tl.load(ends + row[:, None] * N + n, mask=mask, other=0.0)
+        end = tl.load(ends + row[:, None, None] * N + n, mask=mask, other=0.0)
+        state = exp2(total[:, None, None] * rates) * state + end
     return state
 
 
@@ -255,6 +383,7 @@ class Launch:
         shape = self.segments, self.batch, self.D
         return self.empty(*shape), self.empty(*shape, self.N)
 
-    def __call__(self, kernel, *buffers, constants):
+    def __call__(self, kernel, *buffers, constants, **options):
         programs = self.batch * self.blocks * self.segments
-        launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, *constants, num_warps=self.warps)
+        launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, *constants, num_warps=self.warps,
+               **options)
