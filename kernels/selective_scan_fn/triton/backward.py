@@ -246,8 +246,10 @@ def _add_up(run, totals, weight, bias):
            run.N, 1, _ROWS, _VALUES, num_warps=4)
 
 
-#: Warps of a program, at most. More channels leave fewer sums over channels in memory.
+#: Warps of a program, at most: more channels leave fewer sums over channels in memory.
 _WARPS = 8
+#: So many states take few registers.
+_FEW_STATES = 32
 
 
 def backward(grad, u, delta, A, B, C, D, z, bias, softplus, states, *, chunk):
@@ -264,7 +266,7 @@ def backward(grad, u, delta, A, B, C, D, z, bias, softplus, states, *, chunk):
     if run.segments > 1:
         run(_scan_fn_backward, *buffers, constants=(True, True))
     # With more registers a multiprocessor has eight warps, not sixteen; what is spilled is not in the loop over states.
-    options = {'maxnreg': 128} if run.warps == _WARPS and run.states <= run.tile // 8 else {}
+    options = {'maxnreg': 128} if run.tile == chunk and run.warps == _WARPS and run.N <= _FEW_STATES else {}
     run(_scan_fn_backward, *buffers, constants=(False, run.segments > 1), **options)
     grad_A, grad_bias = torch.empty_like(run.tensors[2]), None if bias is None else torch.empty_like(run.tensors[7])
     _add_up(run, totals[0], grad_A, grad_bias)

@@ -1,8 +1,9 @@
 """How the scan is cut into tiles of channels and steps, and the pieces that its forward and backward kernels share.
 
-A program walks chunks of steps with a few channels. State by state, a tile [channels, steps] of maps ``h -> a h + b``,
-one for each step, is composed by an associative scan; where a warp has whole rows of the tile, nothing of the
-recurrence crosses warps. The states between chunks are a tile [channels, states] in registers.
+A program walks chunks of steps with a few channels, a warp for each where the sequence is long. A thread has a run of
+eight adjacent steps: eight tensors [channels, runs], the first steps of all runs, the second ones, and so on. State by
+state, it runs the recurrence over its steps from zero, runs tell each other what they do to a state, ``h -> a h + b``,
+and it runs again from the right one. The states between chunks are a tile [channels, runs, states / runs] in registers.
 """
 import math
 
@@ -339,8 +340,8 @@ class Launch:
         self.row = cdiv(self.L, UNIT.value) * UNIT.value
         self.tile = min(chunk, max(16, next_power_of_2(self.L)))
         self.chunks = cdiv(self.L, chunk)
-        # 32 states at least, so that warps have rows of these tiles as well.
-        self.states = max(32, next_power_of_2(self.N))
+        # Not fewer than runs: a state is put in the place of one.
+        self.states = max(self.tile // RUN.value, next_power_of_2(self.N))
         B_span, C_span = (self.D // t.shape[1] if t.dim() > 2 else self.D for t in (B, C))
         self.span = math.gcd(B_span, C_span)
         row = max(self.tile, self.states)
