@@ -85,7 +85,7 @@ def extensions():
                     self.compiler = compiler
                     self.run()
 
-    rooms = ('depthwise_conv', 'norm_gate', 'quadtree', 'selective_scan', 'state_fusion')
+    rooms = ('depthwise_conv', 'norm_gate', 'quadtree', 'selective_scan', 'selective_scan_fn', 'state_fusion')
     core = ('dispatch', 'isa_baseline', 'isa_avx2', 'isa_avx512')
     sources = [f'kernels/_core/csrc/{name}.cpp' for name in core]
     sources += [f'kernels/{room}/csrc/cpu/op.cpp' for room in rooms]

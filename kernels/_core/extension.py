@@ -39,8 +39,8 @@ def why_not_loaded_cuda():
 
 
 @functools.cache
-def _warn_once(reason, device='CPU'):
-    warnings.warn(f'mmvssm: {device} tensors run on composed PyTorch operations, slower: {reason}', stacklevel=2)
+def _warn_once(reason, instead='CPU tensors run on composed PyTorch operations, slower'):
+    warnings.warn(f'mmvssm: {instead}: {reason}', stacklevel=2)
 
 
 def why_not_cpu(tensor):
@@ -54,15 +54,16 @@ def why_not_cpu(tensor):
 
 
 def why_not_cuda(tensor):
-    """The reason why the CUDA C++ kernels cannot take ``tensor``, or None. Says once if others must stand in."""
+    """The reason why the CUDA C++ kernels cannot take ``tensor``, or None. Others do where these are not built; that
+    they are and do not load is said once."""
     if tensor.device.type != 'cuda' or torch.version.hip:
         return f'it runs CUDA tensors, this one is on {tensor.device}'
     if tensor.dtype == torch.float64:
         return 'it computes in float32; float64 runs on torch'
     capability = torch.cuda.get_device_capability(tensor.device)
-    reason = why_not_loaded_cuda()
     if capability < (8, 0):
-        reason = f'it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}'
-    if reason and not requested_backend():
-        _warn_once(reason, 'CUDA')
+        return f'it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}'
+    reason = why_not_loaded_cuda()
+    if reason and _CUDA_LIBRARY.exists() and not requested_backend():
+        _warn_once(reason, 'CUDA tensors run on other kernels than those that were built')
     return reason

@@ -87,3 +87,21 @@ def wait_for_previous():
 def sigmoid(x):
     """``1 / (1 + exp(-x))``."""
     return reciprocal(1 + exp(-x))
+
+
+@triton.jit
+def soft_step(v):
+    """``softplus(-v) / log(2)`` for ``v`` in units of log(2), good to 5e-7 of its value, however small it is:
+    exponentials are to base 2 here, and ``exp2(A * step)`` is the decay."""
+    u = exp2_minus_abs(v)
+    # log2(1 + u) / u on [0, 1], by least relative error
+    p = -0.0123194744810462 * u + 0.06360790133476257
+    p = ((p * u - 0.1553519070148468) * u + 0.2560097575187683) * u - 0.35339483618736267
+    p = ((p * u + 0.48006370663642883) * u - 0.7213100790977478) * u + 1.4426947832107544
+    return p * u - tl.minimum(v, 0.0)
+
+
+@triton.jit
+def slope_of(v):
+    """The derivative of ``softplus`` at ``-v`` for ``v`` in units of log(2)."""
+    return reciprocal(1 + exp2(v))

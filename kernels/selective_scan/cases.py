@@ -92,8 +92,9 @@ TOLERANCES = {
     for dtype, elements, sums in ((torch.float64, 1e-14, 5e-14), (torch.float32, 2e-6, 5e-6),
                                   (torch.bfloat16, 4e-3, 4e-3), (torch.float16, 5e-4, 5e-4))}
 #: What a backend may have instead, by its name and the float32 tensor compared. The terms of the gradient of ``A``
-#: cancel, and a GPU's exponential is good to 2e-7.
-BACKEND_TOLERANCES = {('triton', 'A'): 1e-5}
+#: cancel, and a GPU's exponential is good to 2e-7. With one channel it is a single number, which in float32 on ``cpu``
+#: came to 6e-6 with other random numbers.
+BACKEND_TOLERANCES = {('triton', 'A'): 1e-5, ('cpu', 'A'): 1e-5}
 
 
 def inputs(case, dtype, device='cpu', seed=0):

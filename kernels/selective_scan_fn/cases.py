@@ -54,6 +54,7 @@ CASES = {case.name: case for case in (
     Case('large_steps', steps='large'),
     Case('half', layout='half', length=264, batch=1),
     Case('channels_last', layout='channels_first', B=2, C=2),
+    Case('channels_last-16', layout='channels_first', dim=16, length=25, B=2, d_state=2, batch=1),
     Case('expanded', layout='expanded'),
     Case('half_params', half_params=True, C='constant'),
 )}

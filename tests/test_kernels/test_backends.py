@@ -142,9 +142,19 @@ def test_reasons_against_the_cuda_kernels(device, dtype, capability, message, mo
     table = Backend('cuda', extension.why_not_cuda, None, None), backend('torch')
     with use_backend('cuda'), pytest.raises(BackendError, match=f'no requested backend.*cuda: .*{message}'):
         choose('op', table, tensor)
-    extension._warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         assert choose('op', table, tensor).name == 'torch'
         choose('op', table, tensor)
-    assert len(said) == ('capability' in message or 'built' in message)
+    assert not said  # others run, Triton's first
+
+
+def test_cuda_kernels_of_another_pytorch(monkeypatch, tmp_path):
+    tensor = SimpleNamespace(device=torch.device('cuda'), dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(extension, '_CUDA_LIBRARY', tmp_path / '_C_cuda.so')
+    monkeypatch.setattr(extension, 'why_not_loaded_cuda', extension.why_not_loaded_cuda.__wrapped__)
+    extension._warn_once.cache_clear()
+    (tmp_path / '_C_cuda.so').write_bytes(b'no library')
+    with pytest.warns(UserWarning, match='other kernels than those that were built: .*built for another PyTorch'):
+        extension.why_not_cuda(tensor)

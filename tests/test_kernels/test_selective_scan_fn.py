@@ -1,13 +1,15 @@
 """What belongs to the scan with Mamba's interface alone."""
+import dataclasses
+import functools
 import math
 
 import pytest
 import torch
-from kernel_testing import DEVICES, Call, backends, evaluate, room
+from kernel_testing import DEVICES, Call, backends, cotangent_like, evaluate, expected, poisoned_memory, room
 from mmengine.analysis import FlopAnalyzer
 
 from mmvssm.kernels import selective_scan_fn, selective_scan_fn_reference, use_backend
-from mmvssm.kernels._core.cases import relative_error
+from mmvssm.kernels._core.cases import lay_out, relative_error
 
 CASES = room('selective_scan_fn', 'cases').CASES
 
@@ -85,6 +87,18 @@ def test_no_steps():
     assert all(grad.eq(0).all() for grad in grads.values())
 
 
+@pytest.mark.parametrize('name', ['length_1000', 'length_257', 'constant_B', 'constant_C'])
+def test_bits_do_not_depend_on_threads(name):
+    """With many of them the chunks of a sequence are shared out as well."""
+    call = Call('selective_scan_fn', name, 'cpu')
+    results = []
+    for threads in (1, 2, 8):
+        torch.set_num_threads(threads)
+        results.append(call.evaluate(call.inputs(torch.float32)))
+    for other in results[1:]:
+        assert all(torch.equal(other[key], t) for key, t in results[0].items())
+
+
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('backend', backends('selective_scan_fn'))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
@@ -94,6 +108,97 @@ def test_precisions_may_differ(dtype, backend, device):
     tensors = call.inputs(dtype)
     tensors = {**tensors, 'delta': tensors['delta'].float(), 'z': tensors['z'].half()}
     call.check(call.evaluate(tensors), call.expected(tensors))
+
+
+def sizes():
+    """Backend, device, states and steps. Triton's interpreter gets the small ones, a GPU all of them."""
+    for backend in backends('selective_scan_fn'):
+        for device in DEVICES:
+            if backend == 'torch' or (backend, device) in (('cuda', 'cpu'), ('cpu', 'cuda')):
+                continue
+            for d_state in (1, 3, 16, 64, 256):
+                for length in (1, 7, 64, 1000, 4097, 67200):
+                    if (backend, device) != ('triton', 'cpu') or d_state * math.ceil(length / 256) <= 16:
+                        yield backend, device, d_state, length
+
+
+def case_of_size(d_state, length):
+    cases = room('selective_scan_fn', 'cases')
+    dim = 2 if d_state * length > 1e6 else 4
+    return cases, cases.Case(f'size-{d_state}-{length}', batch=1, dim=dim, length=length, d_state=d_state, B=2)
+
+
+@functools.cache
+def expected_of_size(d_state, length):
+    """In float64; of many steps by PyTorch's operations chunk by chunk, since step by step it would take minutes."""
+    cases, case = case_of_size(d_state, length)
+    tensors = cases.inputs(case, torch.float32)
+    cotangent = cotangent_like(tensors['u'], case.name).double()
+    tensors = {name: t.double() for name, t in tensors.items()}
+    with use_backend('torch'):
+        return evaluate(cases.reference if length <= 64 else cases.operator, case, tensors, cotangent=cotangent)
+
+
+@pytest.mark.parametrize('backend, device, d_state, length', sizes())
+def test_sizes(backend, device, d_state, length):
+    cases, case = case_of_size(d_state, length)
+    Call('selective_scan_fn', 'tiny', backend, device).inputs(torch.float32)  # or skip
+    with use_backend(backend):
+        got = evaluate(cases.operator, case, cases.inputs(case, torch.float32, device))
+    Call('selective_scan_fn', None, backend, device).check(got, expected_of_size(d_state, length))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('backend', backends('selective_scan_fn'))
+def test_layouts_may_differ(backend, device):
+    """As in blocks, where some tensors are products and others parts of one."""
+    call = Call('selective_scan_fn', 'channels_last-16', backend, device)
+    tensors = call.inputs(torch.float32)
+    dense = call.evaluate({key: t.contiguous() for key, t in tensors.items()})
+    for layouts in (dict(u='channels_first', z='half', C='half'), dict(delta='channels_first', u='half', B='half'),
+                    dict(z='channels_first', B='channels_first')):
+        laid_out = {key: lay_out(t, layouts.get(key, 'contiguous')) for key, t in tensors.items()}
+        call.check(call.evaluate(laid_out), dense)
+
+
+def test_triton_copies_no_more_than_it_must():
+    """Rows of steps and rows of channels are read as they lie in memory, of ``B`` and ``C`` the former alone. What is
+    small is left out."""
+    pytest.importorskip('triton')
+    launch = room('selective_scan_fn', 'triton.tiles').Launch
+
+    def copied(case, **changes):
+        tensors = {**room('selective_scan_fn', 'cases').inputs(case, torch.bfloat16), **changes}
+        tensors.update({name: tensors[name].unsqueeze(1) for name in 'BC' if tensors[name].dim() == 3})
+        run = launch(*tensors.values(), True, tensors['u'], 256, 4)
+        return [name for name, t, read in zip([*tensors, 'grad'], [*tensors.values(), tensors['u']], run.tensors)
+                if name != 'A' and t.data_ptr() != read.data_ptr()]
+
+    case = CASES['length_64']
+    half, last = (dataclasses.replace(case, layout=layout) for layout in ('half', 'channels_first'))
+    assert copied(case) == copied(half) == []
+    assert copied(last) == ['B', 'C']
+    assert copied(CASES['dim_37']) == ['B', 'C']  # rows of 9 steps
+    scattered = torch.zeros(2, 6, 128, dtype=torch.bfloat16)[..., ::2]
+    assert copied(case, z=scattered) == ['z']
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('few, enough, segments', [(0, 0, 1), (99, 8, 2), (99, 99, 4)])
+def test_triton_cuts_the_sequence(few, enough, segments, device, monkeypatch):
+    """Its four warps walk all chunks, or are made more: segments of two chunks, or of one. Nothing is read that nobody
+    wrote."""
+    call = Call('selective_scan_fn', 'length_1000', 'triton', device)
+    tensors = call.inputs(torch.float32)
+    tiles = room('selective_scan_fn', 'triton.tiles')
+    monkeypatch.setattr(tiles, '_FEW_WARPS', few)
+    monkeypatch.setattr(tiles, '_ENOUGH_WARPS', enough)
+    cut, init = [], tiles.Launch.__init__
+    monkeypatch.setattr(tiles.Launch, '__init__', lambda self, *args: cut.append(self) or init(self, *args))
+    with poisoned_memory():
+        got = call.evaluate(tensors)
+    assert [run.segments for run in cut] == [segments] * 2
+    call.check(got, expected('selective_scan_fn', 'length_1000', torch.float32))
 
 
 def wider(t):

@@ -10,11 +10,16 @@ import pytest
 from kernel_testing import ROOMS, backends, room
 
 #: Kernels that keep some values in memory for lack of registers, and at most how many bytes of them.
-SPILLS = {'_scan': 64, '_scan_backward': 400, '_forward': 64, '_norm_backward': 64, '_forward_kernel': 64}
+SPILLS = {'_scan': 64, '_scan_backward': 400, '_scan_fn_backward': 200, '_forward': 64, '_norm_backward': 64,
+          '_forward_kernel': 64}
 #: Kernels whose threads load what they need and never meet.
 ALONE = {'_scan'}
-#: Cases cut as larger ones of a network are: segments, and blocks of 8 steps.
-CUT = {'selective_scan': ['length_65@dim=128,length=600', 'length_65@dim=128,length=70,batch=80']}
+#: Cases cut as larger ones of a network are: segments, and blocks of 8 steps; whole chunks, rows of a length that is no
+#: multiple of 8, channels that are adjacent instead of steps, and many states.
+CUT = {'selective_scan': ['length_65@dim=128,length=600', 'length_65@dim=128,length=70,batch=80'],
+       'selective_scan_fn': ['length_1000@dim=32', 'length_257@dim=128,length=197,d_state=16', 'd_state_256@length=300',
+                             'channels_last@dim=128,length=512,d_state=16,batch=16',
+                             'tiny@dim=128,length=512,batch=16:float32']}
 #: Bytes of shared memory that a program has on GPUs of compute capability 8.6 and 8.9; others have more.
 SHARED = 99 << 10
 

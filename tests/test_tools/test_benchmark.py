@@ -1,7 +1,9 @@
 """tools/benchmarks/run.py on the CPU with tiny shapes: what it reports, and that it refuses wrong results."""
 import dataclasses
 import json
+import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,53 @@ def test_wrong_results_have_no_speed(command, step, tmp_path, monkeypatch, capsy
     if command[0] == 'ops':
         assert [row['case'] for row in wrong] == ['norm_gate B2 D8 4x4']
         assert found['scan B2 D8 4x4 fwd']['rate'] > 0
+
+
+def scans_side_by_side(monkeypatch, tmp_path, but=None):
+    """Exit code and rows of ``scan_fn``, with stand-ins for the backends of a GPU and mamba_ssm; ``but`` is wrong."""
+    room = 'mmvssm.kernels.selective_scan_fn.'
+    reference = import_module(room + 'reference').selective_scan_fn_reference
+    dispatch, ops = import_module(room + 'dispatch'), import_module(room + 'ops')
+
+    def stand_in(name):
+        def forward(*args, **kwargs):
+            out, states = dispatch.BACKENDS[-1].forward(*args, **kwargs)
+            return 1.1 * out if name == but else out, states
+        return dataclasses.replace(dispatch.BACKENDS[-1], name=name, forward=forward)
+
+    def peer(**kwargs):
+        return (1.1 if but == 'mamba_ssm' else 1) * reference(**kwargs)
+
+    backends = stand_in('cuda'), stand_in('triton'), dispatch.BACKENDS[-1]
+    monkeypatch.setattr(ops, 'BACKENDS', backends)
+    monkeypatch.setattr(dispatch, 'BACKENDS', backends)
+    monkeypatch.setitem(sys.modules, 'mamba_ssm.ops.selective_scan_interface', SimpleNamespace(selective_scan_fn=peer))
+    for package in 'mamba_ssm', 'mamba_ssm.ops':
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace())
+    out = tmp_path / 'gpu.json'
+    code = run.main([*OPERATORS, '--op', 'scan_fn', '--out', str(out)])
+    return code, [row for row in rows(out).values() if row['case'].startswith('scan_fn')]
+
+
+def test_backends_side_by_side(tmp_path, monkeypatch, capsys):
+    code, found = scans_side_by_side(monkeypatch, tmp_path)
+    assert code == 0
+    for row in found:
+        assert list(row['beside']) == ['cuda', 'triton', 'mamba_ssm']
+        assert row['beside']['cuda'] == row['ms'][1]
+        assert min(row['beside'].values()) > 0
+        assert max(row['errors_beside']['mamba_ssm'].values()) < 1e-5
+    assert 'cuda ms | triton ms | peer ms' in ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize('name, code', [('triton', 1), ('mamba_ssm', 0)])
+def test_wrong_results_beside_have_no_speed(name, code, tmp_path, monkeypatch):
+    exit_code, found = scans_side_by_side(monkeypatch, tmp_path, but=name)
+    assert exit_code == code
+    assert len(found) == 2
+    for row in found:
+        assert row['beside'][name] == 'WRONG'
+        assert row['beside']['cuda'] > 0
 
 
 def test_a_case_that_fails_does_not_stop_the_others(tmp_path, capsys):

@@ -1,5 +1,5 @@
-"""CPU speed as ratios in one process: the backbones to MMPretrain's Swin-T on the same input, the selective scan
-to its step-by-step reference. Checks the scan against the reference before it times it."""
+"""CPU speed as ratios in one process: the backbones to MMPretrain's Swin-T on the same input, the selective scans
+to their step-by-step references. Checks a scan against the reference before it times it."""
 import argparse
 import json
 import platform
@@ -11,7 +11,12 @@ from pathlib import Path
 import torch
 
 import mmvssm
-from mmvssm.kernels import selective_scan, selective_scan_reference
+from mmvssm.kernels import (
+    selective_scan,
+    selective_scan_fn,
+    selective_scan_fn_reference,
+    selective_scan_reference,
+)
 from mmvssm.models.backbones import QuadMamba, SpatialMamba
 
 #: backbone, arch, image shape, training step instead of inference, repeats, highest ratio allowed
@@ -21,7 +26,7 @@ MODEL_CASES = (
     (SpatialMamba, 'tiny', (4, 3, 224, 224), True, 9, 1.6),
     (QuadMamba, 'small', (1, 3, 224, 224), False, 21, 1.6),
 )
-SCAN_LENGTH, SCAN_DIM, SCAN_SPEEDUP = 3136, 128, 10
+SCAN_LENGTH, SCAN_DIM, SCAN_FN_STATES, SCAN_SPEEDUP = 3136, 128, 16, 10
 
 
 def parse_args():
@@ -83,29 +88,41 @@ def scan_rows():
     def normal(*shape):
         return torch.randn(shape, generator=generator).requires_grad_()
 
-    L, D = SCAN_LENGTH, SCAN_DIM
+    L, D, N = SCAN_LENGTH, SCAN_DIM, SCAN_FN_STATES
     x, dt, B = normal(1, L, D), normal(1, L, 4), normal(1, L, 1)
     A, weight, bias = normal(D, 1), normal(D, 4), normal(D)
+    yield from rows_of_scan(
+        f'scan L={L} D={D}', lambda scan: scan(x, dt, -A.exp(), B, dt_weight=weight, dt_bias=bias),
+        (x, dt, B, A, weight, bias), selective_scan, selective_scan_reference)
+    leaves = (normal(1, D, L), normal(1, D, L), normal(D, N), normal(1, N, L), normal(1, N, L), normal(D))
+    u, delta, A_fn, B_fn, C, skip = leaves
+    yield from rows_of_scan(
+        f'scan_fn L={L} D={D} N={N}', lambda scan: scan(u, delta, -A_fn.exp(), B_fn, C, skip, delta_softplus=True),
+        leaves, selective_scan_fn, selective_scan_fn_reference)
 
-    def run(scan, backward):
-        y = scan(x, dt, -A.exp(), B, dt_weight=weight, dt_bias=bias)
+
+def rows_of_scan(name, call, leaves, scan, reference):
+    """``call(scan)`` beside ``call(reference)``, forward, and with the gradients of ``leaves``."""
+
+    def run(function, backward):
+        y = call(function)
         if backward:
-            for leaf in (x, dt, B, A, weight, bias):
+            for leaf in leaves:
                 leaf.grad = None
             y.square().sum().backward()
         return y
 
     with torch.no_grad():
-        ours, reference = run(selective_scan, False), run(selective_scan_reference, False)
-    error = float((ours - reference).norm() / reference.norm())
+        ours, expected = run(scan, False), run(reference, False)
+    error = float((ours - expected).norm() / expected.norm())
     if not error <= 1e-5:
-        sys.exit(f'error: selective_scan differs from its reference by {error:.2e}; no speed is reported')
+        sys.exit(f'error: {name} differs from its reference by {error:.2e}; no speed is reported')
     for backward in (False, True):
-        name = f'scan L={L} D={D} ' + ('forward + backward' if backward else 'forward')
         with torch.set_grad_enabled(backward):
-            fast = alternate([lambda b=backward: run(selective_scan, b)], 50)[0]
-            slow = alternate([lambda b=backward: run(selective_scan_reference, b)], 5)[0]
-        yield row(name, fast, slow, f'must be <= {1 / SCAN_SPEEDUP}', 'steps')
+            fast = alternate([lambda b=backward: run(scan, b)], 50)[0]
+            slow = alternate([lambda b=backward: run(reference, b)], 5)[0]
+        yield row(f"{name} {'forward + backward' if backward else 'forward'}", fast, slow,
+                  f'must be <= {1 / SCAN_SPEEDUP}', 'steps')
 
 
 def main():

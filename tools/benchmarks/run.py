@@ -75,6 +75,8 @@ OPERATORS = dict(
     to_quadtree=('quadtree', dict(one_hot=True), 'x selected'),
     from_quadtree=('quadtree', dict(one_hot=True, inverse=True), 'x selected'),
 )
+#: The package with the operator that ``scan_fn`` stands in for.
+PEER = 'mamba_ssm'
 SPATIAL_MAMBA_OPERATORS = ('scan', 'fusion', 'conv_silu', 'conv_norm', 'norm_gate', 'downsample')
 ARCHS = {
     'spatialmamba-t': (SpatialMamba, 'tiny'), 'spatialmamba-s': (SpatialMamba, 'small'),
@@ -248,7 +250,7 @@ class Report:
     """Rows of one run; they are printed and saved as they come, so that a run cut short leaves what it has."""
 
     COLUMNS = ('case', 'dtype', 'backend', 'ms', '20%', '80%', 'rate', 'of copy', 'GiB', 'host us', 'torch ms',
-               'peer ms', 'release', 'its GiB', 'target', 'error', 'grad error', '')
+               'cuda ms', 'triton ms', 'peer ms', 'release', 'its GiB', 'target', 'error', 'grad error', '')
 
     def __init__(self, system, out=None):
         self.run, self.out, self.earlier = dict(system=system, rows=[]), out, []
@@ -278,7 +280,9 @@ class Report:
     @staticmethod
     def cells(row):
         def number(value, digits=4):
-            return '' if value is None else f'{value:.{digits}g}' if abs(value) < 1000 else f'{value:.0f}'
+            if value is None or isinstance(value, str):
+                return value or ''
+            return f'{value:.{digits}g}' if abs(value) < 1000 else f'{value:.0f}'
 
         low, middle, high = row.get('ms', (None,) * 3)
         errors = row.get('errors', {})
@@ -288,7 +292,8 @@ class Report:
         rate = f"{number(row['rate'])} {row['unit']}" if 'rate' in row else ''
         return [row['case'], row['dtype'], row.get('backend', ''), number(middle), number(low), number(high), rate,
                 '' if share is None else f'{share:.0%}', number(row.get('peak_gib'), 3),
-                number(row.get('host_us'), 3), number(row.get('torch_ms')), number(row.get('peer_ms')),
+                number(row.get('host_us'), 3), number(row.get('torch_ms')),
+                *(number(row.get('beside', {}).get(name)) for name in ('cuda', 'triton', PEER)),
                 number(row.get('release')),
                 number(row.get('release_gib'), 3), row.get('target', ''), number(errors.get('output'), 2),
                 number(worst, 2), row.get('note') or ('WRONG' if row.get('wrong') else '')]
@@ -397,15 +402,16 @@ def operator_name(op, shape, d_state):
     return f'{op} B{batch} D{dim} {height}x{width}' + (f' N{d_state}' if d_state != 1 else '')
 
 
-def peer_of(room, case):
-    """What others use instead of the room's operator, as of :func:`functions_of`; None where it cannot be imported."""
-    if room != 'selective_scan_fn':
-        return None
-    try:
-        scan = import_module('mamba_ssm.ops.selective_scan_interface').selective_scan_fn
-    except ImportError:
-        return None
-    return lambda t: (scan(**t, delta_softplus='softplus' in case.options),)
+def beside(room, dispatch, case, operator, tensor, backend):
+    """What is timed beside ``backend``, by name: a backend to ask for, and a function as of :func:`functions_of`. The
+    room's other backends that run ``tensor`` unasked, but for PyTorch's operations; and ``PEER`` where it is there."""
+    found = {other.name: (other.name, operator) for other in dispatch.BACKENDS
+             if other.name not in (backend, 'torch') and other.why_not(tensor) is None}
+    if room == 'selective_scan_fn':
+        with contextlib.suppress(ImportError):
+            scan = import_module(f'{PEER}.ops.selective_scan_interface').selective_scan_fn
+            found[PEER] = None, lambda t: (scan(**t, delta_softplus='softplus' in case.options),)
+    return found
 
 
 def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate):
@@ -436,20 +442,35 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
     expected, expected_grads = evaluate(reference, wide, [c.double() for c in cotangents])
     cotangents = [repeated(c) for c in cotangents]
     dispatch = import_module(f'mmvssm.kernels.{room}.dispatch')
-    with use_backend(args.backend):
-        backend = choose(room, dispatch.BACKENDS, next(iter(tensors.values()))).name
-        got, grads = evaluate(operator, tensors, cotangents)
-    errors = dict(output=max(error_of(*pair, repeats, True) for pair in zip(got, expected, strict=True)))
-    errors.update({key: error_of(t, expected_grads[key], repeats, key in batched.split())
-                   for key, t in grads.items()})
-    errors = rounded(errors)
+    first, limit = next(iter(tensors.values())), OPERATOR_ERROR[dtype]
     size = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
-    output_size = sum(t.numel() * t.element_size() for t in got)
-    del expected, expected_grads, got, grads, wide, small
-    limit = OPERATOR_ERROR[dtype]
+
+    def errors_of(function, expected, expected_grads):
+        got, grads = evaluate(function, tensors, cotangents)
+        errors = dict(output=max(error_of(*pair, repeats, True) for pair in zip(got, expected, strict=True)))
+        errors.update({key: error_of(t, expected_grads[key], repeats, key in batched.split())
+                       for key, t in grads.items()})
+        return rounded(errors), sum(t.numel() * t.element_size() for t in got)
+
+    with use_backend(args.backend):
+        backend = choose(room, dispatch.BACKENDS, first).name
+        errors, output_size = errors_of(operator, expected, expected_grads)
     if not acceptable(errors, limit, 3 * limit):
         report.add(name, dtype_name, backend=backend, errors=errors, wrong=True)
         return None
+    others = {} if args.backend else beside(room, dispatch, case, operator, first, backend)
+    refused, errors_beside, note_beside = {}, {}, None
+    for other, (request, function) in others.items():
+        try:
+            with use_backend(request):
+                errors_beside[other], _ = errors_of(function, expected, expected_grads)
+        except RuntimeError as error:
+            refused[other] = 'not run'
+            note_beside = f'{other} not run: {" ".join(str(error).split())[:100]}'
+        else:
+            if not acceptable(errors_beside[other], limit, 3 * limit):
+                refused[other] = 'WRONG'
+    del expected, expected_grads, wide, small
 
     # Speed.
     leaves = {key: None if t is None else t.detach().requires_grad_() for key, t in tensors.items()}
@@ -462,7 +483,7 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
     def both_passes(function=operator):
         return torch.autograd.grad(function(leaves), wanted, cotangents)
 
-    medians, peer = [], peer_of(room, case)
+    medians = []
     steps = dict(fwd=(forward, size + output_size),
                  **{'fwd+bwd': (both_passes, 3 * size + 2 * output_size)})
     for step, (function, moved) in steps.items():
@@ -471,14 +492,18 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
             ms = quantiles(meter.times(function, alone=True, cold=not args.warm))
             host = meter.host_us(function)
         rate = moved / ms[1] / 1e6
-        torch_ms, peer_ms, note = None, None, None
-        if peer:
-            peer_ms = statistics.median(meter.times(functools.partial(function, peer), alone=True, cold=not args.warm))
+        torch_ms, note, ms_beside = None, None, {backend: ms[1], **refused} if others else None
+        for other, (request, call) in others.items():
+            if other not in refused:
+                with use_backend(request):
+                    ms_beside[other] = quantiles(
+                        meter.times(functools.partial(function, call), alone=True, cold=not args.warm))[1]
         if compose and backend != 'torch':
             torch_ms, note = composed_ms(function, meter, alone=True, cold=not args.warm)
         report.add(f"{name} {step}{WARM if args.warm else ''}", dtype_name, backend=backend, ms=ms, rate=rate,
                    unit='GB/s', copy_share=rate / copy_rate, peak_gib=peak, host_us=round(host, 1), torch_ms=torch_ms,
-                   peer_ms=peer_ms, errors=errors, note=note)
+                   beside=ms_beside, errors=errors, errors_beside=errors_beside or None, note=note_beside or note,
+                   wrong=True if set(refused) - {PEER} else None)
         medians.append(ms[1])
     return medians
 

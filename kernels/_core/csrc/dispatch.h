@@ -4,6 +4,7 @@
 #include "../../norm_gate/csrc/cpu/args.h"
 #include "../../quadtree/csrc/cpu/args.h"
 #include "../../selective_scan/csrc/cpu/args.h"
+#include "../../selective_scan_fn/csrc/cpu/args.h"
 #include "../../state_fusion/csrc/cpu/args.h"
 
 namespace mmvssm {
@@ -11,6 +12,7 @@ namespace mmvssm {
 template <typename T>
 struct Tables {
   ScanTable<T> scan;
+  ScanFnTable<T> scan_fn;
   FusionTable<T> fusion;
   ConvTable<T> conv;
   NormGateTable<T> norm_gate;

@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define MMVSSM_ISA avx2
+#define MMVSSM_VECTOR 32
 #include "tables.h"
 
 namespace mmvssm {

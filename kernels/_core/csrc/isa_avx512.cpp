@@ -10,6 +10,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 #define MMVSSM_ISA avx512
+#define MMVSSM_VECTOR 64
 #include "tables.h"
 
 namespace mmvssm {

@@ -4,6 +4,7 @@
 #include "dispatch.h"
 
 #define MMVSSM_ISA baseline
+#define MMVSSM_VECTOR 16
 #include "tables.h"
 
 namespace mmvssm {

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_math import LN2, LOG2_E, exp2, exp2_of_product
+from ..._core.triton_math import LN2, LOG2_E, exp2, exp2_of_product, slope_of, soft_step
 from ..._core.triton_support import as_rows, cdiv, launch, next_power_of_2
 from .blocks import (
     GROUPS,
@@ -28,8 +28,6 @@ from .blocks import (
     project,
     project_many,
     rows_of_steps,
-    slope_of,
-    soft_step,
     split_tf32,
     state_before,
     through_groups,

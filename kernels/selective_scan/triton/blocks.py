@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..._core.backends import BackendError
-from ..._core.triton_math import LOG2_E, exp2, exp2_minus_abs, reciprocal
+from ..._core.triton_math import LOG2_E, exp2
 from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2, unit_of
 from ..dispatch import MOST_RANKS
 
@@ -117,24 +117,6 @@ def rate_of(rate, LOG: tl.constexpr):
     if LOG:
         rate = -exp2(rate * LOG2_E)
     return rate
-
-
-@triton.jit
-def soft_step(v):
-    """``softplus(-v) / log(2)`` for ``v`` in units of log(2), good to 5e-7 of its value, however small it is:
-    exponentials are to base 2 here, and ``exp2(A * step)`` is the decay."""
-    u = exp2_minus_abs(v)
-    # log2(1 + u) / u on [0, 1], by least relative error
-    p = -0.0123194744810462 * u + 0.06360790133476257
-    p = ((p * u - 0.1553519070148468) * u + 0.2560097575187683) * u - 0.35339483618736267
-    p = ((p * u + 0.48006370663642883) * u - 0.7213100790977478) * u + 1.4426947832107544
-    return p * u - tl.minimum(v, 0.0)
-
-
-@triton.jit
-def slope_of(v):
-    """The derivative of ``softplus`` at ``-v`` for ``v`` in units of log(2)."""
-    return reciprocal(1 + exp2(v))
 
 
 @triton.jit

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._core.triton_math import LN2, exp2_of_product, let_next_start, wait_for_previous
+from ..._core.triton_math import LN2, exp2_of_product, let_next_start, soft_step, wait_for_previous
 from ..._core.triton_support import overlaps
 from .blocks import (
     GROUPS,
@@ -25,7 +25,6 @@ from .blocks import (
     project,
     project_many,
     rate_of,
-    soft_step,
     state_before,
     store_fours,
     through_groups,
