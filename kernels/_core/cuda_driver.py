@@ -87,7 +87,8 @@ def compile_kernel(kernel, args, options, capability):
     signature = {p.name: types.get(i, 'constexpr') for i, p in enumerate(kernel.params)}
     constants = {(i,): arg for i, arg in enumerate(args) if i not in types}
     aligned = {(i,): [['tt.divisibility', 16]] for i in types
-               if isinstance(args[i], torch.Tensor) and args[i].data_ptr() % 16 == 0}
+               if isinstance(args[i], torch.Tensor) and args[i].data_ptr() % 16 == 0
+               and not kernel.params[i].do_not_specialize_on_alignment}
     target = GPUTarget('cuda', 10 * capability[0] + capability[1], 32)
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
 

@@ -171,8 +171,9 @@ def _starter(compiled):
 def launch(kernel, grid, *args, **options):
     """``kernel[grid](*args, **options)`` in a fraction of the processor time: a kernel compiled before is looked up
     by the constants, and by precision and alignment of the tensors, and started with bare addresses. A kernel must
-    list its runtime integers in ``do_not_specialize``, and its first tensor must be there. ``grid`` has three numbers,
-    ``args`` are all arguments in their order."""
+    list its runtime integers in ``do_not_specialize``, and in ``do_not_specialize_on_alignment`` tensors that may lie
+    anywhere, as one row of a table does; its first tensor must be there. ``grid`` has three numbers, ``args`` are all
+    arguments in their order."""
     if _local.collected is not None:
         _local.collected.append((kernel, grid, args, options))
         return

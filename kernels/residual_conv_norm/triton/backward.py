@@ -26,7 +26,7 @@ NORM_PROGRAMS, CONV_PROGRAMS = 1056, 660
 CONV_CHANNELS, CONV_ELEMENTS = 64, 2
 
 
-@triton.jit(do_not_specialize=['squares', 'share', 'height', 'width'])
+@triton.jit(do_not_specialize=['squares', 'share', 'height', 'width'], do_not_specialize_on_alignment=['scale'])
 def _norm_backward(grad_y, grad_n, x, branch, scale, conv_weight, conv_bias, norm_weight, grad, partial, squares, share,
                    height, width, EPS: tl.constexpr, DIM: tl.constexpr, X_STRIDE: tl.constexpr,
                    BRANCH_STRIDE: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
@@ -72,7 +72,8 @@ def _norm_backward(grad_y, grad_n, x, branch, scale, conv_weight, conv_bias, nor
     tl.store(partial + DIM, tl.sum(sum_bias, 0), mask=channel < DIM)
 
 
-@triton.jit(do_not_specialize=['squares', 'share', 'height', 'width', 'dim', 'x_stride', 'branch_stride'])
+@triton.jit(do_not_specialize=['squares', 'share', 'height', 'width', 'dim', 'x_stride', 'branch_stride'],
+            do_not_specialize_on_alignment=['scale'])
 def _conv_backward(grad, x, branch, scale, conv_weight, grad_x, grad_branch, partial, squares, share, height, width,
                    dim, x_stride, branch_stride, UNIT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
                    CHANNELS: tl.constexpr, WIDE: tl.constexpr):

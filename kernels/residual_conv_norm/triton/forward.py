@@ -22,7 +22,7 @@ from .tiles import (
 PROGRAMS = 1584  # three times as many as run at a time on an H100
 
 
-@triton.jit(do_not_specialize=['squares', 'share', 'height', 'width'])
+@triton.jit(do_not_specialize=['squares', 'share', 'height', 'width'], do_not_specialize_on_alignment=['scale'])
 def _forward(x, branch, scale, conv_weight, conv_bias, norm_weight, norm_bias, y, n, squares, share, height, width,
              EPS: tl.constexpr, DIM: tl.constexpr, X_STRIDE: tl.constexpr, BRANCH_STRIDE: tl.constexpr,
              BLOCK: tl.constexpr, CHANNELS: tl.constexpr):

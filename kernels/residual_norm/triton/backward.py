@@ -12,7 +12,7 @@ from .forward import add_branch
 _UNROLL = 2
 
 
-@triton.jit(do_not_specialize=['rows', 'each'])
+@triton.jit(do_not_specialize=['rows', 'each'], do_not_specialize_on_alignment=['scale'])
 def _kernel(x, branch, scale, weight, grad_y, grad_n, grad_x, grad_branch, partials, rows, each, EPS: tl.constexpr,
             DIM: tl.constexpr, GRAD_Y_STRIDE: tl.constexpr, GRAD_N_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
             BRANCH_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):

@@ -19,7 +19,7 @@ def add_branch(x, branch, scale, row, mask, each):
     return x
 
 
-@triton.jit(do_not_specialize=['rows', 'each'])
+@triton.jit(do_not_specialize=['rows', 'each'], do_not_specialize_on_alignment=['scale'])
 def _kernel(x, branch, scale, weight, bias, y, n, rows, each, EPS: tl.constexpr, DIM: tl.constexpr,
             X_STRIDE: tl.constexpr, BRANCH_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
