@@ -4,6 +4,7 @@ Samples are augmented with the random numbers of their place in the data, and ea
 the model. So it makes no difference whether a run was interrupted, how many workers load its data, or what validation
 drew: nothing of it has to be saved.
 """
+import functools
 import os
 import random
 import re
@@ -81,6 +82,7 @@ class SeededSampler(Sampler):
         self.dataset = dataset
         self.first = 0
         dataset.__getitems__ = _SeededItems(dataset)
+        _fork_without_sigterm()
 
     def __iter__(self):
         rank, ranks = get_dist_info()
@@ -175,7 +177,8 @@ def explain_dead_worker(error, dataset):
         error (RuntimeError): What a loader raised.
         dataset (Dataset): What it loads from.
     """
-    message = one_line(error)
+    # The cause tells the signal, where that came while the loader waited.
+    message = one_line(error.__cause__ if 'DataLoader worker' in str(error.__cause__) else error)
     items = getattr(dataset, '__getitems__', None)
     if 'DataLoader worker' not in message or not isinstance(items, _SeededItems):
         return None
@@ -185,6 +188,27 @@ def explain_dead_worker(error, dataset):
     loading = f'training data: {message} It was loading {" and ".join(files)}.' if files else message
     return TrainingError(f'{loading} Often memory is short (fewer workers: train_dataloader.num_workers=N) or '
                          '/dev/shm is')
+
+
+@functools.cache
+def _fork_without_sigterm():
+    """Let threads of a forked process that were there before :func:`_heed_parent_only` leave SIGTERM to it.
+
+    PyTorch starts some in the moment of the fork, if this process has set its number of threads. A signal to the
+    process goes to any thread that does not block it.
+    """
+    if not hasattr(os, 'register_at_fork') or not hasattr(signal, 'pthread_sigmask'):
+        return
+    thread = threading.local()
+
+    def block():
+        thread.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def restore():
+        signal.pthread_sigmask(signal.SIG_SETMASK, thread.mask)
+
+    # In the child after what PyTorch has registered before.
+    os.register_at_fork(before=block, after_in_parent=restore, after_in_child=restore)
 
 
 def _heed_parent_only():
