@@ -64,6 +64,11 @@ def warn_once(reason):
     warnings.warn(f'mmvssm: CUDA tensors run on composed PyTorch operations, slower: {reason}', stacklevel=2)
 
 
+def has_triton(tensor):
+    """Whether the Triton kernels run on the GPU of ``tensor``."""
+    return tensor.is_cuda and _why_not_device(tensor.get_device()) is None
+
+
 def why_not_triton(tensor):
     """The reason why the Triton kernels cannot take ``tensor``, or None. Says once if others must stand in."""
     if not tensor.is_cuda:

@@ -5,7 +5,7 @@ from .._core.backends import choose
 from .._core.eager import backward_caller, caller
 from .._core.precision import compute_dtype
 from .._core.vjp import no_second_derivative
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, forward_order
 
 #: Steps per chunk: backward restarts the recurrence from one stored state per chunk. A warp of the CUDA kernels takes
 #: as many at a time, eight per thread.
@@ -20,9 +20,9 @@ lib.define(f'selective_scan_fn_backward(Tensor grad, {_ARGS}, Tensor states) -> 
            '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 
 
-def _forward(u, *args):
-    backend = choose('selective_scan_fn', BACKENDS, u)
-    out, states = backend.run('forward', (u, *args), compute_dtype(u), chunk=CHUNK)
+def _forward(u, delta, A, *args):
+    backend = choose('selective_scan_fn', forward_order(BACKENDS, u, A.shape[1]), u)
+    out, states = backend.run('forward', (u, delta, A, *args), compute_dtype(u), chunk=CHUNK)
     return out.to(u.dtype).contiguous(), states
 
 

@@ -104,16 +104,18 @@ def test_chunk():
 
 
 @pytest.mark.parametrize('architecture', ['sm_80', 'sm_90'])
-def test_compiles_without_spills(architecture, tmp_path):
-    """Registers hold everything: 128 at most, so that a multiprocessor has 16 warps."""
+def test_registers(architecture, tmp_path):
+    """Few enough for 24 warps of a multiprocessor in forward and 16 in backward. Only forward with two channels a warp
+    spills for that, what forward.h says was measured."""
     if not shutil.which('nvcc'):
         pytest.skip('nvcc is not there to compile the kernels')
-    for name in 'forward', 'backward':
+    for name, kernels, most, most_spilled in ('forward', 12, 80, 152), ('backward', 15, 128, 0):
         done = subprocess.run(['nvcc', '-std=c++17', '-O3', f'-arch={architecture}', '-cubin', '-Xptxas', '-v',
                                SOURCES / f'{name}.cu', '-o', tmp_path / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         registers = [int(n) for n in re.findall(r'Used (\d+) registers', done.stderr)]
-        spills = re.findall(r'(\d+) bytes spill', done.stderr)
-        assert len(registers) == dict(forward=12, backward=15)[name]
-        assert max(registers) <= 128
-        assert not any(map(int, spills)), done.stderr
+        spills = [int(n) for n in re.findall(r'(\d+) bytes spill stores', done.stderr)]
+        assert len(registers) == len(spills) == kernels
+        assert max(registers) <= most
+        assert max(spills) <= most_spilled, done.stderr
+        assert sum(map(bool, spills)) <= 3

@@ -1,6 +1,7 @@
 """What belongs to the scan with Mamba's interface alone."""
 import dataclasses
 import functools
+import itertools
 import math
 
 import pytest
@@ -146,6 +147,31 @@ def test_sizes(backend, device, d_state, length):
     with use_backend(backend):
         got = evaluate(cases.operator, case, cases.inputs(case, torch.float32, device))
     Call('selective_scan_fn', None, backend, device).check(got, expected_of_size(d_state, length))
+
+
+@pytest.mark.parametrize('gpu, d_state, first', [(True, 1, 'triton'), (True, 2, 'cuda'), (False, 1, 'cuda')])
+def test_forward_order(gpu, d_state, first, monkeypatch):
+    dispatch = room('selective_scan_fn', 'dispatch')
+    monkeypatch.setattr(dispatch, 'has_triton', lambda tensor: gpu)
+    order = dispatch.forward_order(dispatch.BACKENDS, torch.zeros(1), d_state)
+    assert order[0].name == first
+    assert sorted(b.name for b in order) == sorted(backends('selective_scan_fn'))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('forward, backward', itertools.permutations(backends('selective_scan_fn'), 2))
+def test_backward_of_another_backend(forward, backward, device):
+    """What forward saves is the same in all of them."""
+    cases, case = case_of_size(1, 1000)
+    for backend in forward, backward:
+        Call('selective_scan_fn', 'tiny', backend, device).inputs(torch.float32)  # or skip
+    tensors = {name: t.requires_grad_() for name, t in cases.inputs(case, torch.float32, device).items()}
+    with use_backend(forward):
+        out = cases.operator(case, tensors)
+    with use_backend(backward):
+        grads = torch.autograd.grad(out, tensors.values(), cotangent_like(out, case.name))
+    got = dict(output=out.detach(), **dict(zip(tensors, grads)))
+    Call('selective_scan_fn', None, backward, device).check(got, expected_of_size(1, 1000))
 
 
 @pytest.mark.parametrize('device', DEVICES)

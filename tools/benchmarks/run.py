@@ -454,6 +454,9 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
 
     with use_backend(args.backend):
         backend = choose(room, dispatch.BACKENDS, first).name
+        if room == 'selective_scan_fn' and not args.backend:
+            ahead = choose(room, dispatch.forward_order(dispatch.BACKENDS, first, d_state), first).name
+            backend = backend if ahead == backend else f'{ahead}, {backend}'  # forward, backward
         errors, output_size = errors_of(operator, expected, expected_grads)
     if not acceptable(errors, limit, 3 * limit):
         report.add(name, dtype_name, backend=backend, errors=errors, wrong=True)

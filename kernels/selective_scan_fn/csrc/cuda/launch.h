@@ -31,8 +31,8 @@ void launch(void (*kernel)(A), dim3 blocks, int threads, int shared, Stream stre
 
 inline int quotient_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
-// Warps of a block, at most; fewer where many states take the shared memory.
-constexpr int kForwardWarps = 4, kManyStates = 64;
+// More states than this take the shared memory of fewer warps.
+constexpr int kManyStates = 64;
 // Warps that one multiprocessor should have before the sequence is cut no further.
 constexpr int kEnoughWarps = 8;
 

@@ -12,7 +12,7 @@ namespace scan {
 #endif
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kStates = 8;  // states whose B and C are in shared memory at a time
+constexpr int kStates = 8;  // states whose B and C are in shared memory at a time in backward
 constexpr float kLn2 = 0.693147180559945f, kLog2E = 1.442695040888963f;
 
 // One instruction of the special function unit; relative error 2e-7.
