@@ -15,6 +15,7 @@ from mmvssm.engine.config import (
     UsageError,
     as_list,
     check_backend,
+    check_launcher,
     import_modules,
     is_main_rank,
     load_config,
@@ -48,7 +49,7 @@ def parse_args(argv=None):
     parser.add_argument('--amp', choices=tuple(AMP_DTYPES), help='mixed precision')
     parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE',
                         help='override the config, e.g. data_root=/path/to/coco/')
-    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm'), default='none',
                         help='what started the processes of a distributed run')
     return parser.parse_args(argv)
 
@@ -175,6 +176,7 @@ def main(argv=None):
     check_backend()
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     notes = [import_modules(cfg)]
+    check_launcher(args.launcher)
     if args.amp:
         notes.append(set_amp(cfg, args.amp, training=False))
     if args.tta and args.show_dir and cfg.get('default_scope') == 'mmpretrain':

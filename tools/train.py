@@ -1,21 +1,25 @@
 """Train the model of a config: detection, segmentation or classification."""
 import argparse
+import errno
 import os
 import sys
 
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmvssm.engine.checkpointing import check_work_dir, write_files_whole
+from mmvssm.engine.checkpointing import check_work_dir, where_to_go_on, write_files_whole
 from mmvssm.engine.class_check import check_class_counts
 from mmvssm.engine.config import (
     AMP_DTYPES,
     CfgOptions,
+    TrainingError,
     UsageError,
     check_backend,
+    check_launcher,
     import_modules,
     is_main_rank,
     load_config,
+    one_line,
     one_line_errors,
     set_amp,
     type_name,
@@ -26,6 +30,9 @@ from mmvssm.engine.hooks import FloatBoxesHook, PartialLoadingHook, StrictLoadin
 from mmvssm.engine.label_hook import LabelRangeHook
 from mmvssm.engine.seeding import IterationSeedHook, SampleError, explain_dead_worker
 from mmvssm.engine.stopping import STOPPED_STATUS, ResumeHook, StopHook, TrainingStopped
+
+#: Of files that cannot be written any more, such as logs.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def parse_args(argv=None):
@@ -44,7 +51,7 @@ def parse_args(argv=None):
     parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE',
                         help='override the config, e.g. data_root=/path/to/coco/ pretrained=FILE '
                         'train_cfg.max_epochs=1')
-    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm'), default='none',
                         help='what started the processes of a distributed run')
     return parser.parse_args(argv)
 
@@ -68,6 +75,7 @@ def main(argv=None):
     check_backend()
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     notes = [import_modules(cfg)]
+    check_launcher(args.launcher)
     if args.amp:
         notes.append(set_amp(cfg, args.amp, training=True))
     if args.auto_scale_lr:
@@ -155,6 +163,11 @@ def train(runner):
     except SampleError as error:
         runner.logger.error(error.details, exc_info=True)
         raise
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise TrainingError(f'{one_line(error)}, in {runner.work_dir} or elsewhere. '
+                            f'{where_to_go_on(runner.work_dir)}') from error
     except RuntimeError as error:
         loader = getattr(runner._train_loop, 'dataloader', None)  # none before it is built
         explained = explain_dead_worker(error, loader.dataset) if loader is not None else None

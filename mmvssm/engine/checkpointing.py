@@ -88,6 +88,12 @@ def _in(folder, path):
     return own if os.path.isfile(own) else path if os.path.isfile(path) else None
 
 
+def where_to_go_on(folder):
+    """A sentence for who reads that training has ended early."""
+    newest = newest_checkpoint(folder)
+    return f'--resume goes on from {newest}' if newest else 'There is no checkpoint yet'
+
+
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook``, with the same arguments, that never leaves less than it found.
@@ -115,7 +121,7 @@ class SafeCheckpointHook(CheckpointHook):
         for name, value in checkpoint['state_dict'].items():
             if name not in buffers and value.is_floating_point() and not value.isfinite().all():
                 raise TrainingError(f'weights are not finite any more, the first of them {name}; not saved. '
-                                    f'{self._hint(runner)}')
+                                    f'{where_to_go_on(runner.work_dir)}')
 
     def save_stop(self, runner, **meta):
         """Save within an epoch, for the next run to go on from here; returns the file. ``meta``: more of its meta."""
@@ -162,7 +168,8 @@ class SafeCheckpointHook(CheckpointHook):
             kept = {self.last_ckpt, getattr(self, 'best_ckpt_path', None)}
             kept.update(getattr(self, 'best_ckpt_path_dict', {}).values())
         except OSError as error:
-            raise TrainingError(f'checkpoint cannot be written: {one_line(error)}. {self._hint(runner)}') from error
+            raise TrainingError(f'checkpoint cannot be written: {one_line(error)}. '
+                                f'{where_to_go_on(runner.work_dir)}') from error
         finally:
             removals, self.file_backend = self.file_backend.removals, backend
         for remove, path in removals:
@@ -172,10 +179,6 @@ class SafeCheckpointHook(CheckpointHook):
                 remove(path)
             except OSError as error:
                 runner.logger.warning(f'checkpoint {path} cannot be removed: {one_line(error)}')
-
-    def _hint(self, runner):
-        newest = newest_checkpoint(runner.work_dir)
-        return f'--resume goes on from {newest}' if newest else 'There is no checkpoint yet'
 
 
 def plain_name(name):

@@ -31,19 +31,39 @@ class TrainingError(UsageError):
     """What ends a training that has begun; any rank may be the one that met it, and prints it."""
 
 
+#: The variables in which a launcher tells a process its number among all, and among those of its machine.
+RANKS = dict(pytorch=('RANK', 'LOCAL_RANK'), slurm=('SLURM_PROCID', 'SLURM_LOCALID'))
+
+
 def is_main_rank():
-    """Whether this process speaks for the job; each launcher sets one of these variables."""
-    ranks = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
-    return all(os.environ.get(rank, '0') == '0' for rank in ranks)
+    """Whether this process speaks for the job."""
+    return all(os.environ.get(rank, '0') == '0' for rank, _ in RANKS.values())
+
+
+def check_launcher(launcher):
+    """Raise :class:`UsageError` if ``launcher``, 'none', 'pytorch' or 'slurm', did not start this process, or more
+    processes than there are GPUs.
+    """
+    if launcher == 'none':
+        return
+    missing = [name for name in RANKS[launcher] if not os.environ.get(name, '').isdigit()]
+    if missing:
+        start = dict(pytorch='tools/dist_train.sh or torchrun', slurm='tools/slurm_train.sh or srun')[launcher]
+        raise UsageError(f'--launcher {launcher}: {" and ".join(missing)} not set; start with {start}')
+    local, gpus = int(os.environ[RANKS[launcher][1]]), torch.accelerator.device_count()
+    if local >= gpus and not torch.distributed.is_initialized():  # on CPUs a custom import has done that
+        raise UsageError(f'--launcher {launcher}: there is no GPU for process {local + 1} of this machine, PyTorch '
+                         f'sees {gpus}; start as many as there are')
 
 
 @contextmanager
 def one_line_errors():
-    """Turn the user's mistakes into one line on stderr, from the main rank only, and exit code 1.
+    """Turn the user's mistakes into one line on stderr and exit code 1.
 
     Those are a :class:`UsageError`, a ``BackendError`` of the kernels and what :func:`is_config_mistake`
-    finds. A :class:`TrainingError` is printed by the rank that met it. Use as ``@one_line_errors()`` on a tool's
-    ``main``. Other exceptions keep their traceback.
+    finds. The first two are met by all ranks alike, or by all of a machine that lacks a file: its first prints them.
+    A :class:`TrainingError`, and what cannot be built, is printed by each rank that met it. Use as
+    ``@one_line_errors()`` on a tool's ``main``. Other exceptions keep their traceback.
     """
     try:
         yield
@@ -54,9 +74,11 @@ def one_line_errors():
             message = one_line(error, most=1000)
         else:
             raise
-        if isinstance(error, TrainingError) and not is_main_rank():
-            raise SystemExit(f'error: rank {os.environ.get("RANK", "?")}: {message}') from None
-        raise SystemExit(f'error: {message}' if is_main_rank() else 1) from None
+        if is_main_rank():
+            raise SystemExit(f'error: {message}') from None
+        rank, local = ([os.environ[names[i]] for names in RANKS.values() if names[i] in os.environ] for i in (0, 1))
+        alike = isinstance(error, (UsageError, BackendError)) and not isinstance(error, TrainingError)
+        raise SystemExit(1 if alike and {*local} != {'0'} else f'error: rank {rank[0]}: {message}') from None
 
 
 def is_config_mistake(error):
@@ -95,7 +117,7 @@ def load_config(path, options=None, work_dir=None, launcher='none'):
         options (dict, optional): ``--cfg-options``, see :func:`merge_options`.
         work_dir (str, optional): Where logs and checkpoints go. Defaults to the ``work_dir`` of the
             config, or ``work_dirs/`` and the config's name.
-        launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'.
+        launcher (str): 'none', 'pytorch' or 'slurm'.
 
     Returns:
         Config: The config, ready for :func:`import_modules`.

@@ -24,6 +24,8 @@ from .config import TrainingError, one_line
 _SAMPLE, _ITERATION = 0, 1
 #: Workers of one loader, at most, whose samples are known when they die.
 _MOST_WORKERS = 256
+#: Seconds after which a worker looks whether its parent is still there.
+_LOOK_FOR_PARENT = 5
 
 
 def seed_generators(*key):
@@ -186,8 +188,8 @@ def explain_dead_worker(error, dataset):
     files = [f'sample {index}, {file_of(dataset, index)}' for process, index in items.loading.tolist()
              if process and process in dead]
     loading = f'training data: {message} It was loading {" and ".join(files)}.' if files else message
-    return TrainingError(f'{loading} Often memory is short (fewer workers: train_dataloader.num_workers=N) or '
-                         '/dev/shm is')
+    loader = 'train_dataloader' if files else 'train_dataloader, val_dataloader'
+    return TrainingError(f'{loading} Often memory is short (fewer workers: num_workers of {loader}) or /dev/shm is')
 
 
 @functools.cache
@@ -197,7 +199,7 @@ def _fork_without_sigterm():
     PyTorch starts some in the moment of the fork, if this process has set its number of threads. A signal to the
     process goes to any thread that does not block it.
     """
-    if not hasattr(os, 'register_at_fork') or not hasattr(signal, 'pthread_sigmask'):
+    if not hasattr(signal, 'sigtimedwait'):
         return
     thread = threading.local()
 
@@ -216,14 +218,32 @@ def _heed_parent_only():
 
     Slurm sends the signal to all processes of a job, and training needs its workers until it has stopped.
     """
-    if not hasattr(signal, 'sigwaitinfo'):
+    if not hasattr(signal, 'sigtimedwait'):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = os.getppid()
 
     def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (parent, os.getpid()):
-            pass
+        told_by = None
+        # Where the parent was killed nobody else ends this process, should it hang.
+        while told_by not in (parent, os.getpid()) and os.getppid() == parent:
+            told = signal.sigtimedwait({signal.SIGTERM}, _LOOK_FOR_PARENT)
+            told_by = told and told.si_pid
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def heed_parent_only(loader):
+    """Let the workers that ``loader`` will start end by SIGTERM only where this process sent that.
+
+    Those of a :class:`SeededSampler`'s loader do so anyway.
+    """
+    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+    _fork_without_sigterm()
+
+
+def _start_worker(init, number):
+    _heed_parent_only()
+    if init is not None:
+        init(number)

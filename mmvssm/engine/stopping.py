@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from .checkpointing import SafeCheckpointHook
 from .config import TrainingError
-from .seeding import SeededSampler
+from .seeding import SeededSampler, heed_parent_only
 
 #: Exit status of a run that was stopped by SIGTERM and can go on: 128 and the signal's number.
 STOPPED_STATUS = 128 + signal.SIGTERM
@@ -42,6 +42,9 @@ class StopHook(Hook):
         self.group = self.asked = None
 
     def before_train(self, runner):
+        loader = getattr(runner.val_loop, 'dataloader', None)
+        if loader is not None:
+            heed_parent_only(loader)  # validation is finished before training stops
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._tell)
         if get_dist_info()[1] > 1:

@@ -12,9 +12,11 @@ from tool_testing import TINY, TINY_DETECTOR, load_tool
 
 from mmvssm.engine import config as engine_config
 from mmvssm.engine.config import (
+    RANKS,
     TrainingError,
     UsageError,
     check_backend,
+    check_launcher,
     keep_boxes_fp32,
     load_config,
     one_line_errors,
@@ -254,6 +256,25 @@ class TestOneLineErrors:
             raise TrainingError('loss is nan')
         assert caught.value.code == message
 
+    @pytest.mark.parametrize('error', [UsageError('no file'), BackendError('no backend')], ids=type)
+    @pytest.mark.parametrize('launcher', RANKS)
+    @pytest.mark.parametrize('rank, local, expected', [
+        ('0', '0', 'error: {}'), ('3', '3', 1), ('8', '0', 'error: rank 8: {}'),
+    ], ids=['main', 'beside', 'other_machine'])
+    def test_what_all_meet_is_said_by_the_first(self, monkeypatch, rank, local, expected, launcher, error):
+        for name, value in zip(RANKS[launcher], (rank, local), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as caught, one_line_errors():
+            raise error
+        assert caught.value.code == (expected if expected == 1 else expected.format(error))
+
+    def test_every_rank_says_what_cannot_be_built(self, monkeypatch):
+        """As data that one lacks."""
+        for name in RANKS['pytorch']:
+            monkeypatch.setenv(name, '1')
+        with pytest.raises(SystemExit, match=r'^error: rank 1: ValueError: .*huge'), one_line_errors():
+            MODELS.build(dict(type='SpatialMamba', arch='huge'))
+
     @pytest.mark.parametrize('kind', [ValueError, TypeError, RuntimeError, KeyError])
     def test_bugs_keep_their_traceback(self, kind):
         class Buggy:
@@ -280,3 +301,32 @@ class TestOneLineErrors:
         for name in ('torch', ''):
             monkeypatch.setenv('MMVSSM_BACKEND', name)
             check_backend()
+
+
+class TestLauncher:
+
+    def test_none(self):
+        check_launcher('none')
+
+    @pytest.mark.parametrize('launcher', RANKS)
+    def test_did_not_start_this_process(self, launcher, monkeypatch):
+        for names in RANKS.values():
+            for name in names:
+                monkeypatch.delenv(name, raising=False)
+        with pytest.raises(UsageError, match=f'^--launcher {launcher}: {" and ".join(RANKS[launcher])} not set; '):
+            check_launcher(launcher)
+
+    @pytest.mark.parametrize('launcher', RANKS)
+    @pytest.mark.parametrize('gpus', [0, 2])
+    def test_more_processes_than_gpus(self, launcher, gpus, monkeypatch):
+        monkeypatch.setattr(torch.accelerator, 'device_count', lambda: gpus)
+        for name in RANKS[launcher]:
+            monkeypatch.setenv(name, '2')
+        with pytest.raises(UsageError, match=f'no GPU for process 3 of this machine, PyTorch sees {gpus}; '):
+            check_launcher(launcher)
+
+    def test_as_many_processes_as_gpus(self, monkeypatch):
+        monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 2)
+        for name in RANKS['pytorch']:
+            monkeypatch.setenv(name, '1')
+        check_launcher('pytorch')

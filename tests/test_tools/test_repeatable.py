@@ -440,7 +440,7 @@ def test_sample_of_a_dead_worker_is_named():
     assert f'It was loading sample 5, {os.path.abspath("images/5.jpg")}. Often memory' in str(caught.value)
 
 
-@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='the system does not tell who sent a signal')
+@pytest.mark.skipif(not hasattr(signal, 'sigtimedwait'), reason='the system does not tell who sent a signal')
 def test_workers_heed_their_parent_only():
     """In a process of its own, whose first number of threads makes PyTorch start one in each fork."""
     code = 'import torch; torch.set_num_threads(2); from test_repeatable import *; assert load(end_by_another, 1) == 6'

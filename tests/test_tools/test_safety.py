@@ -1,4 +1,5 @@
 """What training does when something goes wrong: nothing is lost, and it says what happened."""
+import errno
 import os
 import re
 import resource
@@ -295,6 +296,31 @@ class TestResumableConfig:
         assert cfg.default_hooks == dict(checkpoint=dict(type='SafeCheckpointHook'))
 
 
+class LogHook(Hook):
+    """Write a log, which fails after the third iteration."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 2:
+            raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+def test_log_cannot_be_written(tmp_path, number):
+    runner = runner_of(tmp_path, hooks=[LogHook(number)])
+    with pytest.raises(TrainingError) as caught:
+        train.train(runner)
+    assert os.strerror(number) in str(caught.value)
+    assert str(caught.value).endswith(f'--resume goes on from {tmp_path}/iter_2.pth')
+
+
+def test_other_failures_of_the_system_are_not_explained(tmp_path):
+    with pytest.raises(ConnectionResetError):
+        train.train(runner_of(tmp_path, hooks=[LogHook(errno.ECONNRESET)]))
+
+
 @pytest.fixture(scope='module')
 def case(tmp_path_factory):
     """A :class:`Case` with one run, in the work dir ``whole``."""
@@ -303,26 +329,32 @@ def case(tmp_path_factory):
     return case
 
 
-def test_sigterm(case):
-    """The process saves, exits with 143, and the next goes on by itself."""
-    command = [sys.executable, 'tools/train.py', str(case.config), '--work-dir', str(case.folder / 'stopped'), '--seed',
-               '3', '--cfg-options', f'data_root={case.folder / "data"}/', 'default_hooks.logger.interval=1']
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.mark.parametrize('moment', ['Iter(train)', 'Iter(val)'], ids=['in_training', 'in_validation'])
+def test_sigterm(moment, case):
+    """To all processes, as Slurm sends it: the run saves, exits with 143, and the next goes on by itself."""
+    work_dir = case.folder / f'stopped_{moment[5:-1]}'
+    command = [
+        sys.executable, 'tools/train.py', str(case.config), '--work-dir', str(work_dir), '--seed', '3', '--cfg-options',
+        f'data_root={case.folder / "data"}/', 'default_hooks.logger.interval=1', 'train_cfg.val_interval=2',
+        *(f'{name}_dataloader.{option}' for name in ('train', 'val')
+          for option in ('num_workers=1', 'persistent_workers=True'))]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     output = []
     for line in process.stdout:
         output.append(line)
-        if 'Iter(train)' in line:
-            process.send_signal(signal.SIGTERM)
+        if moment in line:
+            os.killpg(process.pid, signal.SIGTERM)
             break
     output += process.stdout.readlines()
     assert process.wait() == 143, ''.join(output[-20:])
     assert 'stopped by SIGTERM after iteration' in ''.join(output)
-    path = Path(stopped_checkpoint(str(case.folder / 'stopped')))
+    path = Path(stopped_checkpoint(str(work_dir)))
     assert path.name.startswith('stopped_iter_')
-    case.train('stopped')
-    assert f'resume: going on from {path}' in run_log(case.folder / 'stopped')
+    case.train(work_dir.name)
+    assert f'resume: going on from {path}' in run_log(work_dir)
     assert not path.exists()
-    assert differing(case.end('whole'), case.end('stopped')) == []
+    assert differing(case.end('whole'), case.end(work_dir.name)) == []
 
 
 def test_broken_image(tmp_path):
