@@ -168,6 +168,12 @@ def train(runner):
             raise
         raise TrainingError(f'{one_line(error)}, in {runner.work_dir} or elsewhere. '
                             f'{where_to_go_on(runner.work_dir)}') from error
+    except ValueError as error:
+        if 'parameter group' not in str(error):  # of PyTorch's optimizers, when they load a state
+            raise
+        raise UsageError(f'resume: {one_line(error)}. optim_wrapper.constructor and paramwise_cfg, from which groups '
+                         'come, have to be those of the run before; or begin a run from its weights: without '
+                         '--resume, with --cfg-options load_from=CHECKPOINT, in another --work-dir') from None
     except RuntimeError as error:
         loader = getattr(runner._train_loop, 'dataloader', None)  # none before it is built
         explained = explain_dead_worker(error, loader.dataset) if loader is not None else None

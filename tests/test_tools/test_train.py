@@ -71,6 +71,13 @@ class TestTrain:
                         option.format(tmp=tmp_path)])
         assert '\n' not in exit_info.value.code
 
+    def test_resume_with_other_groups(self, trained, tmp_path, monkeypatch):
+        monkeypatch.setenv('COCO_ROOT', str(trained / 'coco'))
+        with pytest.raises(SystemExit, match='^error: resume: .*parameter group.* paramwise_cfg, from which groups'):
+            train.main([str(trained / 'config.py'), '--work-dir', str(tmp_path), '--resume',
+                        str(trained / 'run' / 'epoch_1.pth'), '--cfg-options', 'optim_wrapper.paramwise_cfg=None',
+                        'optim_wrapper.constructor=DefaultOptimWrapperConstructor'])
+
     def test_resume_is_strict(self, trained, tmp_path, monkeypatch):
         monkeypatch.setenv('COCO_ROOT', str(trained / 'coco'))
         checkpoint = torch.load(trained / 'run' / 'epoch_1.pth', weights_only=False)
