@@ -126,6 +126,17 @@ def test_fake_tensors_foretell_shape_dtype_and_strides(call, dtype):
             assert r.is_contiguous()
 
 
+@pytest.mark.parametrize('call', tiny_calls(), ids=str)
+def test_device_meta_tells_shapes_and_dtypes(call):
+    """Whatever backend is asked for."""
+    tensors = call.inputs(torch.bfloat16)
+    expected = call.evaluate(tensors)
+    got = call.evaluate({name: None if t is None else t.to('meta') for name, t in tensors.items()})
+    assert all(t.is_meta for t in got.values())
+    assert {name: (t.shape, t.dtype) for name, t in got.items()} \
+        == {name: (t.shape, t.dtype) for name, t in expected.items()}
+
+
 @pytest.mark.parametrize('call', calls(lambda name, case: case.layout != 'contiguous', slow=True), ids=str)
 def test_strides_do_not_matter(call):
     dtype, tolerance = (torch.float32, 1e-5) if call.backend == 'triton' else (torch.float64, 1e-12)
