@@ -11,6 +11,15 @@ def check_shape(op, name, tensor, shape, legend):
         raise ValueError(f'{op}: {name} has shape {tuple(tensor.shape)}, expected {legend} = {tuple(shape)}')
 
 
+def check_map(op, name, tensor, legend='(batch, H, W, D)', sides=('rows', 'columns', 'channels')):
+    """``tensor`` must have the dimensions of ``legend``, and 1 or more of all ``sides``, those after the batch."""
+    if tensor.dim() != 1 + len(sides):
+        raise ValueError(f'{op}: {name} has shape {tuple(tensor.shape)}, expected {legend}')
+    for size, side in zip(tensor.shape[1:], sides, strict=True):
+        if size == 0:
+            raise ValueError(f'{op}: {name} has 0 {side}, expected 1 or more; its shape is {tuple(tensor.shape)}')
+
+
 def check_same_device(op, tensors):
     """All ``tensors``, a mapping of name to tensor or None, must share one device and be floating point."""
     first = next(iter(tensors.values())).device
