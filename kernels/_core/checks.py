@@ -5,9 +5,16 @@ import torch
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_tensor(op, name, value):
+    """``value`` must be a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f'{op}: {name} is a {type(value).__name__}, expected a Tensor')
+
+
 def check_shape(op, name, tensor, shape, legend):
     """``tensor.shape`` must equal ``shape``, described by ``legend``, e.g. ``'(batch, L, D)'``."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor is None or tuple(tensor.shape) != tuple(shape):
+        check_tensor(op, name, tensor)
         raise ValueError(f'{op}: {name} has shape {tuple(tensor.shape)}, expected {legend} = {tuple(shape)}')
 
 
@@ -21,11 +28,16 @@ def check_map(op, name, tensor, legend='(batch, H, W, D)', sides=('rows', 'colum
 
 
 def check_same_device(op, tensors):
-    """All ``tensors``, a mapping of name to tensor or None, must share one device and be floating point."""
-    first = next(iter(tensors.values())).device
-    if all(t is None or t.device == first and t.dtype in FLOATS for t in tensors.values()):
+    """All ``tensors``, a mapping of name to tensor or, but for the first, None, must share one device and be floating
+    point."""
+    first = next(iter(tensors))
+    device = getattr(tensors[first], 'device', None)
+    if all(t is None or isinstance(t, torch.Tensor) and t.device == device and t.dtype in FLOATS
+           for t in tensors.values()):
         return
-    present = {name: t for name, t in tensors.items() if t is not None}
+    present = {name: t for name, t in tensors.items() if t is not None or name == first}
+    for name, tensor in present.items():
+        check_tensor(op, name, tensor)
     devices = {name: t.device for name, t in present.items()}
     if len(set(devices.values())) > 1:
         where = ', '.join(f'{name} on {device}' for name, device in devices.items())

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from kernel_testing import (
@@ -191,6 +192,18 @@ def test_autocast_changes_nothing(call, dtype):
             got = call.evaluate(tensors, cotangent=cotangent)
     assert got['output'].dtype == dtype
     assert_same_bits(got, {name: tensor.to(got[name].dtype) for name, tensor in full.items()})
+
+
+@pytest.mark.parametrize('value', [[1.0], 1.0, np.ones(1)], ids=['list', 'number', 'array'])
+@pytest.mark.parametrize('op', ROOMS)
+def test_no_tensor(op, value):
+    """In place of any of the arguments: the message names it."""
+    cases = room(op, 'cases')
+    tensors = cases.inputs(cases.CASES['tiny'], torch.float32)
+    for name in tensors:
+        named = rf'kernels\[{"135".index(name[-1])}\]' if name.startswith('kernel') else name
+        with pytest.raises(TypeError, match=f': {named} is a {type(value).__name__}, expected a Tensor'):
+            cases.operator(cases.CASES['tiny'], {**tensors, name: value})
 
 
 @pytest.mark.parametrize('call', tiny_calls(), ids=str)
