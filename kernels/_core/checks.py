@@ -31,10 +31,12 @@ def check_same_device(op, tensors):
     """All ``tensors``, a mapping of name to tensor or, but for the first, None, must share one device and be floating
     point."""
     first = next(iter(tensors))
-    device = getattr(tensors[first], 'device', None)
-    if all(t is None or isinstance(t, torch.Tensor) and t.device == device and t.dtype in FLOATS
-           for t in tensors.values()):
-        return
+    try:
+        device = tensors[first].device
+        if all(t is None or t.device == device and t.dtype in FLOATS for t in tensors.values()):
+            return
+    except AttributeError:  # it is no tensor
+        pass
     present = {name: t for name, t in tensors.items() if t is not None or name == first}
     for name, tensor in present.items():
         check_tensor(op, name, tensor)
