@@ -72,7 +72,7 @@ def choose(op, backends, tensor):
     name = requested_backend()
     known = [b for b in backends if name in (None, b.name)]
     if not known:
-        raise BackendError(f"{op}: backend '{name}' is unknown; this operator has "
+        raise BackendError(f"{op}: there is no backend '{name}' of this operator; it has "
                            f"{', '.join(b.name for b in backends)}")
     reasons = []
     for backend in known:

@@ -10,10 +10,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.
 
 
 def is_plain(args):
-    """Whether nothing watches a call with these arguments."""
+    """Whether nothing watches a call with these arguments, the first of which is a tensor, and they have memory: on
+    the device ``meta`` operators tell shapes."""
     if torch.compiler.is_compiling():
         return False
-    return (torch._C._len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
+    return (not args[0].is_meta and torch._C._len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
             and all(type(a) in _PLAIN for a in args))
 

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import statistics
-import tempfile
+import uuid
 import warnings
 from pathlib import Path
 
@@ -47,11 +47,14 @@ def _choices(device):
 
 def _save(device, choices):
     file = _file(device)
+    part = file.with_name(f'{file.name}.{uuid.uuid4().hex}')  # readable to others, as tempfile's are not
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile('w', dir=file.parent, delete=False) as part:
-            json.dump(choices, part, indent=1, sort_keys=True)
-        os.replace(part.name, file)
+        try:
+            part.write_text(json.dumps(choices, indent=1, sort_keys=True))
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f'mmvssm: tilings are searched again in the next run, {file} cannot be written: {error}',
                       stacklevel=2)

@@ -1,5 +1,5 @@
 """The public depthwise convolution: validates, documents, calls the operator."""
-from .._core.checks import check_same_device, check_shape
+from .._core.checks import check_map, check_same_device, check_shape
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 
@@ -8,7 +8,7 @@ def depthwise_conv(x, weight, bias=None, *, residual=False, activation=None):
     ``y = act(conv(x) + bias)``, plus ``x`` if ``residual``.
 
     Args:
-        x (Tensor): input, (batch, H, W, D); any strides.
+        x (Tensor): input, (batch, H, W, D), none but the batch empty; any strides.
         weight (Tensor): kernels, (D, 1, 3, 3).
         bias (Tensor, optional): (D,).
         residual (bool): add ``x`` to the result.
@@ -26,8 +26,7 @@ def depthwise_conv(x, weight, bias=None, *, residual=False, activation=None):
     check_same_device(op, dict(x=x, weight=weight, bias=bias))
     if activation not in (None, 'silu'):
         raise ValueError(f"{op}: activation is {activation!r}, expected 'silu' or None")
-    if x.dim() != 4:
-        raise ValueError(f'{op}: x has shape {tuple(x.shape)}, expected (batch, H, W, D)')
+    check_map(op, 'x', x)
     dim = x.shape[-1]
     check_shape(op, 'weight', weight, (dim, 1, 3, 3), '(D, 1, 3, 3)')
     if bias is not None:

@@ -1,5 +1,5 @@
 """The public convolution of a downsampling: validates, documents, calls the operator."""
-from .._core.checks import check_same_device, check_shape
+from .._core.checks import check_map, check_same_device, check_shape
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 
@@ -9,7 +9,7 @@ def downsample_conv(x, weight, bias):
     linear-attention backbones, between its two 1x1 convolutions.
 
     Args:
-        x (Tensor): input, (batch, H, W, D); any strides.
+        x (Tensor): input, (batch, H, W, D), none but the batch empty; any strides.
         weight (Tensor): kernels, (D, 1, 3, 3).
         bias (Tensor): (D,).
 
@@ -23,8 +23,7 @@ def downsample_conv(x, weight, bias):
     """
     op = 'downsample_conv'
     check_same_device(op, dict(x=x, weight=weight, bias=bias))
-    if x.dim() != 4:
-        raise ValueError(f'{op}: x has shape {tuple(x.shape)}, expected (batch, H, W, D)')
+    check_map(op, 'x', x)
     dim = x.shape[-1]
     check_shape(op, 'weight', weight, (dim, 1, 3, 3), '(D, 1, 3, 3)')
     check_shape(op, 'bias', bias, (dim,), '(D,)')

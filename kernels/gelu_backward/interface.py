@@ -1,5 +1,6 @@
 """The public functions. They are steps of a backward pass, so nothing is recorded for gradients of theirs."""
 from .._core.backends import choose
+from .._core.checks import check_same_device, check_shape
 from .dispatch import BACKENDS, COLUMN_SUMS
 
 
@@ -18,13 +19,15 @@ def gelu_backward(grad, x):
         over all dimensions but the last, (D,), float32 (float64 for float64 ``x``).
 
     Raises:
-        ValueError: shapes or devices differ.
+        ValueError: shapes or devices differ, or there are less than two dimensions.
+        TypeError: a tensor is not floating point.
         BackendError: a requested backend cannot run the call.
     """
-    if grad.shape != x.shape or grad.device != x.device:
-        raise ValueError(f'gelu_backward: grad is {tuple(grad.shape)} on {grad.device}, x is {tuple(x.shape)} on '
-                         f'{x.device}; expected the same')
-    return choose('gelu_backward', BACKENDS, x).forward(grad, x)
+    op = 'gelu_backward'
+    check_same_device(op, dict(grad=grad, x=x))
+    check_shape(op, 'grad', grad, x.shape, 'that of x')
+    _check_rows(op, x)
+    return choose(op, BACKENDS, x).forward(grad, x)
 
 
 def column_sums(x):
@@ -37,6 +40,16 @@ def column_sums(x):
         Tensor: (D,), float32 (float64 for float64 ``x``). Equal calls give equal bits.
 
     Raises:
+        ValueError: ``x`` has less than two dimensions.
+        TypeError: it is not floating point.
         BackendError: a requested backend cannot run the call.
     """
-    return choose('column_sums', COLUMN_SUMS, x).forward(x)
+    op = 'column_sums'
+    check_same_device(op, dict(x=x))
+    _check_rows(op, x)
+    return choose(op, COLUMN_SUMS, x).forward(x)
+
+
+def _check_rows(op, x):
+    if x.dim() < 2:
+        raise ValueError(f'{op}: x has shape {tuple(x.shape)}, expected (..., D) with at least two dimensions')

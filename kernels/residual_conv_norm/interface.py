@@ -1,5 +1,5 @@
 """The public residual convolution with norm: validates, documents, calls the operator."""
-from .._core.checks import check_same_device, check_shape
+from .._core.checks import check_map, check_same_device, check_shape
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 
@@ -14,7 +14,7 @@ def residual_conv_norm(x, conv_weight, conv_bias, norm_weight, norm_bias, branch
     Internals are float32 (float64 for float64 ``x``): ``n`` is the norm of ``y`` before it is rounded.
 
     Args:
-        x (Tensor): input, (batch, H, W, D); any strides.
+        x (Tensor): input, (batch, H, W, D), none but the batch empty; any strides.
         conv_weight (Tensor): kernels of the convolution, (D, 1, 3, 3).
         conv_bias (Tensor, optional): of the convolution, (D,).
         norm_weight, norm_bias (Tensor): of the LayerNorm over the channels, (D,).
@@ -33,8 +33,7 @@ def residual_conv_norm(x, conv_weight, conv_bias, norm_weight, norm_bias, branch
     op = 'residual_conv_norm'
     check_same_device(op, dict(x=x, conv_weight=conv_weight, conv_bias=conv_bias, norm_weight=norm_weight,
                                norm_bias=norm_bias, branch=branch, scale=scale))
-    if x.dim() != 4:
-        raise ValueError(f'{op}: x has shape {tuple(x.shape)}, expected (batch, H, W, D)')
+    check_map(op, 'x', x)
     batch, _, _, dim = x.shape
     check_shape(op, 'conv_weight', conv_weight, (dim, 1, 3, 3), '(D, 1, 3, 3)')
     for name, tensor in dict(conv_bias=conv_bias, norm_weight=norm_weight, norm_bias=norm_bias).items():

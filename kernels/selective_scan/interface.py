@@ -1,7 +1,7 @@
 """The public selective scan: validates, documents, calls the operator."""
 import torch
 
-from .._core.checks import check_same_device, check_shape
+from .._core.checks import check_same_device, check_shape, check_tensor
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -77,6 +77,7 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
         dt_weight, dt_bias = dt_weight.unsqueeze(0), dt_bias.unsqueeze(0)
         D = None if D is None else D.unsqueeze(0)
     if order is not None:
+        check_tensor(op, 'order', order)
         if order.dtype not in INTEGERS:
             raise TypeError(f"{op}: order has dtype {order.dtype}, expected one of {', '.join(map(str, INTEGERS))}")
         full = (batch, dt.shape[2], length)

@@ -1,4 +1,6 @@
 """The public scan with Mamba's interface: validates, documents, calls the operator."""
+import torch
+
 from .._core.checks import check_same_device, check_shape
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
@@ -45,7 +47,7 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     op = 'selective_scan_fn'
     tensors = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.is_complex():
+        if isinstance(tensor, torch.Tensor) and tensor.is_complex():
             raise TypeError(f'{op}: {name} is complex ({tensor.dtype}), expected a real tensor: states are real here')
     check_same_device(op, tensors)
     if u.dim() != 3:

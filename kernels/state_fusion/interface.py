@@ -1,5 +1,5 @@
 """The public state fusion: validates, documents, calls the operator."""
-from .._core.checks import check_same_device, check_shape
+from .._core.checks import check_map, check_same_device, check_shape
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 
@@ -12,7 +12,8 @@ def state_fusion(h, C, x, D, kernels, alpha):
     with replicate padding. Internals are float32 (float64 for float64 ``h``).
 
     Args:
-        h (Tensor): states on the map, (batch, H, W, N, D); the last dimension are channels.
+        h (Tensor): states on the map, (batch, H, W, N, D), none but the batch empty; the last dimension are
+            channels.
         C (Tensor): output projection, (batch, H, W, N).
         x (Tensor): the scan's input, (batch, H, W, D).
         D (Tensor): skip weight, (D,).
@@ -33,8 +34,7 @@ def state_fusion(h, C, x, D, kernels, alpha):
         raise ValueError(f'{op}: kernels has {len(kernels)} tensors, expected 3 (dilations 1, 3, 5)')
     named = {f'kernels[{i}]': kernel for i, kernel in enumerate(kernels)}
     check_same_device(op, dict(h=h, C=C, x=x, D=D, alpha=alpha, **named))
-    if h.dim() != 5:
-        raise ValueError(f'{op}: h has shape {tuple(h.shape)}, expected (batch, H, W, N, D)')
+    check_map(op, 'h', h, '(batch, H, W, N, D)', ('rows', 'columns', 'states', 'channels'))
     *place, d_state, dim = h.shape
     check_shape(op, 'C', C, (*place, d_state), '(batch, H, W, N)')
     check_shape(op, 'x', x, (*place, dim), '(batch, H, W, D)')

@@ -53,6 +53,9 @@ def test_extreme_activations(backend, value):
 
 BAD_INPUTS = {
     'x-dims': (dict(x=lambda t: t[0]), ValueError, r'x has shape \(2, 3, 2\), expected \(batch, H, W, D\)'),
+    'x-rows': (dict(x=lambda t: t[:, :0]), ValueError, r'x has 0 rows, expected 1 or more.* \(2, 0, 3, 2\)'),
+    'x-columns': (dict(x=lambda t: t[:, :, :0]), ValueError, 'x has 0 columns, expected 1 or more'),
+    'x-channels': (dict(x=lambda t: t[..., :0]), ValueError, 'x has 0 channels, expected 1 or more'),
     'x-dtype': (dict(x=lambda t: t.byte()), TypeError, 'x has dtype torch.uint8'),
     'weight-shape': (dict(weight=lambda t: t[:1]), ValueError,
                      r'weight has shape \(1, 1, 3, 3\), expected \(D, 1, 3, 3\) = \(2, 1, 3, 3\)'),

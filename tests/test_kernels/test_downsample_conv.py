@@ -46,13 +46,17 @@ def test_extreme_activations(backend, value):
 
 @pytest.mark.parametrize('changes, error, message', [
     (dict(x=lambda t: t[0]), ValueError, r'x has shape \(2, 3, 2\), expected \(batch, H, W, D\)'),
+    (dict(x=lambda t: t[:, :0]), ValueError, r'x has 0 rows, expected 1 or more.* \(2, 0, 3, 2\)'),
+    (dict(x=lambda t: t[:, :, :0]), ValueError, 'x has 0 columns, expected 1 or more'),
+    (dict(x=lambda t: t[..., :0]), ValueError, 'x has 0 channels, expected 1 or more'),
     (dict(x=lambda t: t.byte()), TypeError, 'x has dtype torch.uint8'),
     (dict(weight=lambda t: t[:1]), ValueError,
      r'weight has shape \(1, 1, 3, 3\), expected \(D, 1, 3, 3\) = \(2, 1, 3, 3\)'),
     (dict(weight=lambda t: t.to('meta')), ValueError, 'one device, got x on cpu, weight on meta'),
     (dict(bias=lambda t: t[:1]), ValueError, r'bias has shape \(1,\), expected \(D,\) = \(2,\)'),
     (dict(bias=lambda t: t.bool()), TypeError, 'bias has dtype torch.bool'),
-], ids=['x-dims', 'x-dtype', 'weight-shape', 'weight-device', 'bias-shape', 'bias-dtype'])
+], ids=['x-dims', 'x-rows', 'x-columns', 'x-channels', 'x-dtype', 'weight-shape', 'weight-device', 'bias-shape',
+        'bias-dtype'])
 def test_bad_input(changes, error, message):
     arguments = inputs('tiny')
     arguments.update({name: change(arguments[name]) for name, change in changes.items()})

@@ -60,8 +60,10 @@ def test_extreme_activations(backend, value):
 BAD_INPUTS = {
     'x-dims': (dict(x=lambda t: t[0, 0, 0]), ValueError, r'x has shape \(\), expected \(..., D\)'),
     'x-dtype': (dict(x=lambda t: t.int()), TypeError, 'x has dtype torch.int32'),
+    'x-none': (dict(x=lambda t: None), TypeError, 'x is a NoneType, expected a Tensor'),
     'z-shape': (dict(z=lambda t: t[:1]), ValueError, r'z has shape \(1, 3, 4\), expected.* \(2, 3, 4\)'),
     'z-device': (dict(z=lambda t: t.to('meta')), ValueError, 'one device, got x on cpu, z on meta'),
+    'weight-none': (dict(weight=lambda t: None), TypeError, 'weight is a NoneType, expected a Tensor'),
     'weight-shape': (dict(weight=lambda t: t[1:]), ValueError, r'weight has shape \(3,\), expected.* \(4,\)'),
     'bias-shape': (dict(bias=lambda t: t[1:]), ValueError, r'bias has shape \(3,\), expected.* \(4,\)'),
 }

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from kernel_testing import (
@@ -126,6 +127,17 @@ def test_fake_tensors_foretell_shape_dtype_and_strides(call, dtype):
             assert r.is_contiguous()
 
 
+@pytest.mark.parametrize('call', tiny_calls(), ids=str)
+def test_device_meta_tells_shapes_and_dtypes(call):
+    """Whatever backend is asked for."""
+    tensors = call.inputs(torch.bfloat16)
+    expected = call.evaluate(tensors)
+    got = call.evaluate({name: None if t is None else t.to('meta') for name, t in tensors.items()})
+    assert all(t.is_meta for t in got.values())
+    assert {name: (t.shape, t.dtype) for name, t in got.items()} \
+        == {name: (t.shape, t.dtype) for name, t in expected.items()}
+
+
 @pytest.mark.parametrize('call', calls(lambda name, case: case.layout != 'contiguous', slow=True), ids=str)
 def test_strides_do_not_matter(call):
     dtype, tolerance = (torch.float32, 1e-5) if call.backend == 'triton' else (torch.float64, 1e-12)
@@ -180,6 +192,18 @@ def test_autocast_changes_nothing(call, dtype):
             got = call.evaluate(tensors, cotangent=cotangent)
     assert got['output'].dtype == dtype
     assert_same_bits(got, {name: tensor.to(got[name].dtype) for name, tensor in full.items()})
+
+
+@pytest.mark.parametrize('value', [[1.0], 1.0, np.ones(1)], ids=['list', 'number', 'array'])
+@pytest.mark.parametrize('op', ROOMS)
+def test_no_tensor(op, value):
+    """In place of any of the arguments: the message names it."""
+    cases = room(op, 'cases')
+    tensors = cases.inputs(cases.CASES['tiny'], torch.float32)
+    for name in tensors:
+        named = rf'kernels\[{"135".index(name[-1])}\]' if name.startswith('kernel') else name
+        with pytest.raises(TypeError, match=f': {named} is a {type(value).__name__}, expected a Tensor'):
+            cases.operator(cases.CASES['tiny'], {**tensors, name: value})
 
 
 @pytest.mark.parametrize('call', tiny_calls(), ids=str)

@@ -121,6 +121,9 @@ def test_any_share_of_the_work(name, programs, monkeypatch):
 
 BAD_INPUTS = {
     'x-dims': (dict(x=lambda t: t[0]), ValueError, r'x has shape \(2, 3, 4\), expected \(batch, H, W, D\)'),
+    'x-rows': (dict(x=lambda t: t[:, :0]), ValueError, r'x has 0 rows, expected 1 or more.* \(2, 0, 3, 4\)'),
+    'x-columns': (dict(x=lambda t: t[:, :, :0]), ValueError, 'x has 0 columns, expected 1 or more'),
+    'x-channels': (dict(x=lambda t: t[..., :0]), ValueError, 'x has 0 channels, expected 1 or more'),
     'x-dtype': (dict(x=lambda t: t.int()), TypeError, 'x has dtype torch.int32'),
     'branch-shape': (dict(branch=lambda t: t[:1]), ValueError,
                      r'branch has shape \(1, 2, 3, 4\), expected that of x = \(2, 2, 3, 4\)'),

@@ -122,6 +122,7 @@ BAD_INPUTS = {
     'dt_bias-shape': (dict(dt_bias=lambda t: t[:, 1:]), ValueError, r'dt_bias has shape \(2, 2\)'),
     'dt_bias-device': (dict(dt_bias=lambda t: t.to('meta')), ValueError,
                        'one device, got x on cpu.*dt_bias on meta'),
+    'order-list': (dict(order=lambda t: t.tolist()), TypeError, 'order is a list, expected a Tensor'),
     'order-dtype': (dict(order=lambda t: t.float()), TypeError, 'order has dtype torch.float32'),
     'order-uint16': (dict(order=lambda t: t.to(torch.uint16)), TypeError, 'order has dtype torch.uint16'),
     'order-bool': (dict(order=lambda t: t.bool()), TypeError, 'order has dtype torch.bool'),

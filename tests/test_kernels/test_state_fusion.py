@@ -50,6 +50,11 @@ def test_extreme_activations(backend, value):
 
 BAD_INPUTS = {
     'h-dims': (dict(h=lambda t: t[0]), ValueError, r'h has shape \(2, 3, 2, 2\), expected \(batch, H, W, N, D\)'),
+    'h-rows': (dict(h=lambda t: t[:, :0]), ValueError, r'h has 0 rows, expected 1 or more.* \(2, 0, 3, 2, 2\)'),
+    'h-columns': (dict(h=lambda t: t[:, :, :0]), ValueError, 'h has 0 columns, expected 1 or more'),
+    'h-states': (dict(h=lambda t: t[..., :0, :], C=lambda t: t[..., :0]), ValueError,
+                 'h has 0 states, expected 1 or more'),
+    'h-channels': (dict(h=lambda t: t[..., :0]), ValueError, 'h has 0 channels, expected 1 or more'),
     'h-dtype': (dict(h=lambda t: t.int()), TypeError, 'h has dtype torch.int32'),
     'C-shape': (dict(C=lambda t: t[..., :1]), ValueError, r'C has shape \(2, 2, 3, 1\), expected.* \(2, 2, 3, 2\)'),
     'x-shape': (dict(x=lambda t: t.flatten(1, 2)), ValueError, r'x has shape \(2, 6, 2\)'),

@@ -1,6 +1,7 @@
 """Tilings are searched only when asked for, once, and kept."""
 import contextlib
 import json
+import os
 
 import pytest
 import torch
@@ -92,6 +93,25 @@ def test_unwritable_folder_is_said(monkeypatch):
     monkeypatch.setenv('MMVSSM_TUNE', '1')
     with pytest.warns(UserWarning, match='searched again in the next run, .* cannot be written'):
         assert choose() == CANDIDATES[1]
+
+
+@pytest.mark.parametrize(('umask', 'mode'), [(0o022, 0o644), (0o027, 0o640)], ids=['022', '027'])
+def test_file_has_the_usual_mode(monkeypatch, umask, mode):
+    monkeypatch.setenv('MMVSSM_TUNE', '1')
+    before = os.umask(umask)
+    try:
+        choose()
+    finally:
+        os.umask(before)
+    assert tuning._file(0).stat().st_mode & 0o777 == mode
+
+
+def test_failure_leaves_no_file_behind(monkeypatch):
+    tuning._file(0).mkdir(parents=True)
+    monkeypatch.setenv('MMVSSM_TUNE', '1')
+    with pytest.warns(UserWarning, match='cannot be written'):
+        choose()
+    assert list(tuning._file(0).parent.iterdir()) == [tuning._file(0)]
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(gpu, monkeypatch):

@@ -52,6 +52,17 @@ def test_any_size(name, height, width):
         sides = tuple(-(-s // 2) for s in sides)
 
 
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'training'])
+def test_device_meta_tells_shapes(name, training):
+    model = build(name).train(training)
+    expected = [f.shape for f in model(image(40, 65))]
+    model.to('meta')
+    features = model(image(40, 65).to('meta'))
+    assert [f.shape for f in features] == expected
+    sum(f.sum() for f in features).backward()
+    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
+
+
 def test_every_parameter_gets_a_gradient(name):
     model = build(name)
     sum(f.square().sum() for f in model(image())).backward()

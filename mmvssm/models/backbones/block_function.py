@@ -14,7 +14,7 @@ from torch.nn.modules import module as nn_module
 
 from mmvssm.kernels._core.backends import BackendError, requested_backend
 from mmvssm.kernels._core.eager import is_plain
-from mmvssm.kernels._core.precision import without_autocast
+from mmvssm.kernels._core.precision import autocast_on, without_autocast
 from mmvssm.kernels._core.replay import Recording, Recordings, can_repeat
 from mmvssm.kernels._core.triton_support import INTERPRETED, collect_launches, compile_launches, why_not_triton
 from mmvssm.kernels._core.vjp import no_second_derivative
@@ -55,13 +55,12 @@ def fits(x, branch, scale, parameters, dim, cast):
         return False
     if scale is not None and (branch is None or scale.shape != x.shape[:1] or scale.get_device() != device):
         return False
-    return torch.is_autocast_enabled(x.device.type) or all(parameters[i].dtype == x.dtype for i in cast)
+    return autocast_on(x) or all(parameters[i].dtype == x.dtype for i in cast)
 
 
 def precision(x):
     """That of matrix products."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocast_on(x) else x.dtype
 
 
 def cast(parameters, dtype):

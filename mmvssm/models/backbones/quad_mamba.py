@@ -21,7 +21,7 @@ from mmvssm.kernels import (
     two_way_order,
     window_scores,
 )
-from mmvssm.kernels._core.precision import compute_dtype
+from mmvssm.kernels._core.precision import autocast_on, compute_dtype
 from mmvssm.kernels.quadtree.interface import check_token_order
 
 from ..layers.backbone import Stage, VisionSSM
@@ -47,10 +47,7 @@ class Norm(nn.LayerNorm):
 
     def after(self, x, branch, scale):
         """``x + scale * branch`` and its norm."""
-        kind = x.device.type
-        dtype = None
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast_on(x) and x.dtype != torch.float64 else None
         return residual_norm(x, self.weight, self.bias, branch, scale, self.eps, dtype)
 
 
@@ -59,7 +56,7 @@ class ChannelNorm(nn.LayerNorm):
     """
 
     def forward(self, x):
-        dtype = torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else None
+        dtype = torch.promote_types(x.dtype, torch.float32) if autocast_on(x) else None
         normed = residual_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, eps=self.eps, dtype=dtype)[1]
         return normed.permute(0, 3, 1, 2)
 

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
+from mmvssm.kernels._core.precision import autocast_on
+
 from .checkpoint import read_checkpoint, unwrap, weights_of
 from .drop_path import add_branch
 
@@ -287,6 +289,6 @@ class VisionSSM(BaseModule):
         if x.device != weight.device:
             raise ValueError(f'{name}: input is on {x.device}, the weights are on {weight.device}; move one of '
                              'them')
-        if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+        if x.dtype != weight.dtype and not autocast_on(x):
             raise TypeError(f'{name}: input has dtype {x.dtype}, the weights {weight.dtype}; convert one of '
                             'them or use torch.autocast')
