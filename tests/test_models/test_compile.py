@@ -75,6 +75,15 @@ def test_inference_has_one_graph_for_all_sizes(family):
         assert counter.frame_count == graphs, shape
 
 
+def test_sizes_are_compiled_once_more_when_they_first_change():
+    """Those that change together, once."""
+    fast, counter = compiled(build().eval())
+    for shape, graphs in (((2, 256, 256), 1), ((2, 320, 256), 2), ((3, 288, 352), 3), ((4, 416, 384), 3)):
+        with torch.no_grad():
+            fast(image(*shape))
+        assert counter.frame_count == graphs, shape
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_training_has_one_graph_for_all_sizes(family):
     model = build(family, drop_path_rate=0.2)
