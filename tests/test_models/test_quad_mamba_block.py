@@ -1,4 +1,6 @@
 """A block of QuadMamba as one autograd function does what its modules do one by one."""
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -91,8 +93,7 @@ def one_by_one(monkeypatch, *args, **kwargs):
 
 
 def assert_same(got, expected, tolerance):
-    """Five times ``tolerance`` for a score predictor: its gradient is made of differences of what two walks find. Both
-    ways are as far from float64, 1e-2 to 1e-1 in half precision."""
+    """Five times ``tolerance`` for a score predictor: its gradient is made of differences of what two walks find."""
     for name, e in expected.items():
         if e is None:
             assert got[name] is None, name
@@ -104,6 +105,13 @@ def assert_same(got, expected, tolerance):
         assert error <= tolerance * (5 if 'score_predictor' in name else 1), (name, error)
 
 
+def joined(named):
+    """The gradients of a score predictor as one vector, which half precision gives as a whole: those of its last layer
+    are what is left of terms that cancel."""
+    grads = [named.pop(name).double().flatten() for name in list(named) if 'score_predictor' in name]
+    return {**named, **({'score_predictor': torch.cat(grads)} if grads else {})}
+
+
 @pytest.mark.parametrize('mixer', MIXERS)
 @pytest.mark.parametrize(('branch', 'training', 'autocast', 'dtype'), [
     (True, True, False, torch.float32), (False, False, False, torch.float32), (True, True, True, torch.float32),
@@ -113,13 +121,18 @@ def test_same_as_modules_and_repeated(monkeypatch, runs, repeats, mixer, branch,
         pytest.skip("slow in Triton's interpreter, which runs this mixer under autocast")
     block, args = build(mixer, dtype, training), inputs(dtype, branch, autocast)
     expected = one_by_one(monkeypatch, block, args, autocast)
+    half = autocast or dtype == torch.bfloat16
+    if half:
+        exact = one_by_one(monkeypatch, deepcopy(block).float(), [None if a is None else a.float() for a in args])
+        expected = joined({**expected, **{name: e for name, e in exact.items() if 'score_predictor' in name}})
     assert not runs
     with monkeypatch.context() as patch:
         patch.setattr(fused.function, 'recordings', Recordings(before=1000))
         eager = outcome(block, args, autocast)
         assert not repeats
-    # In half precision the gradients of weights are rounded once instead of twice.
-    assert_same(eager, expected, 2e-2 if autocast or dtype == torch.bfloat16 else 2e-5)
+    # In half precision the gradients of weights are rounded once instead of twice. Those of a score predictor are
+    # compared with full precision: the modules are as far from it, in another direction.
+    assert_same(joined(dict(eager)) if half else eager, expected, 2e-2 if half else 2e-5)
     for _ in range(TIMES):
         assert_same(outcome(block, args, autocast), eager, 0)
     assert len(repeats) >= 2
