@@ -243,10 +243,10 @@ def test_quadmamba(tmp_path):
 @pytest.mark.parametrize('task, size', [('mask_rcnn', '1x64x96'), ('upernet', '2x64x64')])
 def test_dense(task, size, tmp_path):
     out = tmp_path / 'gpu.json'
-    options = ['--compile'] if task == 'mask_rcnn' else []
+    options, more = {'mask_rcnn': (['--compile'], ['train compiled', 'backbone fwd+bwd compiled']),
+                     'upernet': (['--with-cp'], ['train, with_cp'])}[task]
     assert run.main([*DENSE, '--task', task, *options, '--out', str(out)]) == 0
-    parts = ['train', 'backbone fwd+bwd', 'backbone fwd']
-    parts += ['train compiled', 'backbone fwd+bwd compiled'] if options else []
+    parts = ['train', 'backbone fwd+bwd', 'backbone fwd', *more]
     assert list(rows(out)) == [f'{task} spatialmamba-t {size} {part}' for part in parts]
 
 

@@ -55,6 +55,9 @@ MODEL_ERROR = {torch.float32: (5e-3, 1e-3), torch.bfloat16: (5e-2, 2e-1), torch.
 #: statistics make more of roundings.
 COMPILED_ERROR = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 
+#: The same with gradient checkpointing, to those without.
+WITH_CP_ERROR = 1e-6
+
 #: (batch, D, H, W): the inner maps of Spatial-Mamba-T's stages at 224x224, and a detector's first.
 SHAPES = ((128, 128, 56, 56), (128, 256, 28, 28), (128, 512, 14, 14), (128, 1024, 7, 7), (2, 128, 200, 336))
 LINEAR_SIDES = (56, 112, 224, 448)
@@ -673,26 +676,35 @@ def gradients_of(call, model):
     return [p.grad.clone() for p in model.parameters()]
 
 
-def run_model(report, meter, args, model_name, mode, dtype_name):
-    """Check, then time, a classifier: as it is and, where asked for, compiled and replayed from a CUDA graph."""
+def run_model(report, meter, args, model_name, dtype_name):
+    """Check a classifier, then time it in every mode."""
     family, arch = ARCHS[model_name]
-    dtype, (height, width), batch = DTYPES[dtype_name], args.size, args.batch
+    (height, width), batch = args.size, args.batch
     torch.manual_seed(0)
     model = Classifier(family(args.arch or arch, out_indices=(3,))).to(
         meter.device, memory_format=torch.channels_last)
-    distinct = 2 if batch % 2 == 0 else 1
-    images = torch.randn(batch, 3, height, width, device=meter.device)
-    few = images[:distinct].clone()
-    if mode == 'infer':  # so that every result is known
-        images = few.repeat(batch // distinct, 1, 1, 1)
+    few = torch.randn(2 if batch % 2 == 0 else 1, 3, height, width, device=meter.device)
+    errors, (logits,), fine = check_model(model, few, meter, DTYPES[dtype_name], args.backend)
+    for mode in sorted(args.mode):  # inference first, since training changes the statistics of batches
+        name = f'{model_name} B{batch} {height}x{width} {mode}'
+        if not fine:
+            report.add(name, dtype_name, errors=errors, wrong=True, backend=args.backend or default_backend(meter))
+            continue
+        guard(report, name, dtype_name, time_model, report, meter, args, model, few, logits, mode, name, dtype_name,
+              errors)
+        meter.free()
+
+
+def time_model(report, meter, args, model, few, logits, mode, name, dtype_name, errors):
+    """Time a classifier: as it is and, where asked for, compiled and replayed from a CUDA graph. ``logits``: its right
+    ones for the images ``few``."""
+    dtype, batch, is_quadmamba = DTYPES[dtype_name], args.batch, isinstance(model.backbone, QuadMamba)
+    images = few.repeat(batch // len(few), 1, 1, 1)  # so that every result is known
+    if mode == 'train':
+        images = torch.randn_like(images)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(batch, device=meter.device) % 1000
-    name = f'{model_name} B{batch} {height}x{width} {mode}'
     common = dict(backend=args.backend or default_backend(meter), unit='img/s')
-    errors, expected, fine = check_model(model, few, meter, dtype, args.backend)
-    if not fine:
-        report.add(name, dtype_name, errors=errors, wrong=True, backend=common['backend'])
-        return
     model.train(mode == 'train')
     parameters = list(model.parameters())
 
@@ -710,15 +722,15 @@ def run_model(report, meter, args, model_name, mode, dtype_name):
         """The errors, those of the very call that is timed included where they are known, and whether they are
         acceptable."""
         if mode == 'infer':
-            logits = step()
-            if family is QuadMamba:  # see check_model
-                return errors, bool(logits.isfinite().all())
-            wanted = expected[0].repeat(batch // distinct, 1)
-            found = rounded(dict(errors, output=max(errors['output'], relative([logits], [wanted]))))
+            found = step()
+            if is_quadmamba:  # see check_model
+                return errors, bool(found.isfinite().all())
+            wanted = logits.repeat(batch // len(few), 1)
+            found = rounded(dict(errors, output=max(errors['output'], relative([found], [wanted]))))
             return found, acceptable(found, *MODEL_ERROR[dtype])
         gradients = gradients_of(step, model)
         fine = all(bool(g.isfinite().all()) for g in gradients)
-        if not is_compiled or family is QuadMamba:
+        if not is_compiled or is_quadmamba:
             return errors, fine
         error = relative(gradients, gradients_of(lambda: train(model), model))
         return rounded(dict(errors, compiled=error)), fine and error <= COMPILED_ERROR[dtype]
@@ -758,10 +770,8 @@ def run_model(report, meter, args, model_name, mode, dtype_name):
 def models(args, report, meter):
     for name in args.model:
         for dtype in args.dtype:
-            for mode in args.mode:
-                guard(report, f'{name} B{args.batch} {mode}', dtype,
-                      run_model, report, meter, args, name, mode, dtype)
-                meter.free()
+            guard(report, f'{name} B{args.batch}', dtype, run_model, report, meter, args, name, dtype)
+            meter.free()
 
 
 # Detectors and segmentors in training
@@ -877,6 +887,14 @@ def run_dense(report, meter, args, task, model_name, dtype_name):
         with torch.no_grad(), autocast(meter, dtype):
             return model.backbone(images)
 
+    def time_parts(suffix, parts, row, note=None):
+        for part, call in parts.items():
+            ms = quantiles(meter.times(call, seconds=3 * meter.seconds))
+            model.zero_grad(set_to_none=True)
+            peak = meter.peak_gib(call) if 'CUDA graph' not in suffix else None
+            report.add(f'{name} {part}{suffix}', dtype_name, **common, ms=ms, rate=1e3 * len(images) / ms[1],
+                       peak_gib=peak, host_us=round(meter.host_us(call, 3)), errors=row, note=note)
+
     for compile_mode in [None] * (args.eager or not args.compile) + args.compile:
         note, row, suffix = None, errors, compiled_name(compile_mode) if compile_mode else ''
         with use_backend(args.backend):
@@ -897,12 +915,18 @@ def run_dense(report, meter, args, task, model_name, dtype_name):
             parts = {'train': train, 'backbone fwd+bwd': backbone_passes}
             if not suffix:
                 parts['backbone fwd'] = backbone_forward
-            for part, call in parts.items():
-                ms = quantiles(meter.times(call, seconds=3 * meter.seconds))
-                model.zero_grad(set_to_none=True)
-                peak = meter.peak_gib(call) if 'CUDA graph' not in suffix else None
-                report.add(f'{name} {part}{suffix}', dtype_name, **common, ms=ms, rate=1e3 * len(images) / ms[1],
-                           peak_gib=peak, host_us=round(meter.host_us(call, 3)), errors=row, note=note)
+            time_parts(suffix, parts, row, note)
+            if not suffix and args.with_cp:
+                expected = gradients_of(backbone_passes, model.backbone)
+                model.backbone.checkpointed_stages = frozenset(range(model.backbone.num_stages))
+                error = relative(gradients_of(backbone_passes, model.backbone), expected)
+                del expected
+                row = rounded(dict(errors, with_cp=error))
+                if error <= WITH_CP_ERROR:
+                    time_parts(', with_cp', {'train': train}, row)
+                else:
+                    report.add(f'{name} train, with_cp', dtype_name, errors=row, wrong=True)
+                model.backbone.checkpointed_stages = frozenset()
 
 
 def dense(args, report, meter):
@@ -1042,6 +1066,7 @@ def parse_args(argv=None):
     model_options(sub)
     sub.add_argument('--task', nargs='+', choices=tuple(TASKS), default=list(TASKS))
     sub.add_argument('--detection', type=numbers(3, 'x'), default=(2, 800, 1344), metavar='BATCHxHxW')
+    sub.add_argument('--with-cp', action='store_true', help='with gradient checkpointing of all stages as well')
     sub.add_argument('--segmentation', type=numbers(3, 'x'), default=(16, 512, 512), metavar='BATCHxHxW')
 
     sub = command('training', training, 'result, speed and memory of a run of tools/train.py', dtypes=())
