@@ -134,13 +134,14 @@ inline ThreadIdx threadIdx;
 
 inline void __syncthreads() { emulator::meet(emulator::everyone, emulator::threads); }
 inline void __syncwarp() { emulator::exchange(0.f, 0); }
-inline float __shfl_up_sync(unsigned, float value, int distance) {
+// Within `width` neighbouring lanes.
+inline float __shfl_up_sync(unsigned, float value, int distance, int width = emulator::kWarp) {
   const int lane = emulator::current % emulator::kWarp;
-  return emulator::exchange(value, lane < distance ? lane : lane - distance);
+  return emulator::exchange(value, lane % width < distance ? lane : lane - distance);
 }
-inline float __shfl_down_sync(unsigned, float value, int distance) {
+inline float __shfl_down_sync(unsigned, float value, int distance, int width = emulator::kWarp) {
   const int lane = emulator::current % emulator::kWarp;
-  return emulator::exchange(value, lane + distance < emulator::kWarp ? lane + distance : lane);
+  return emulator::exchange(value, lane % width + distance < width ? lane + distance : lane);
 }
 inline float __shfl_xor_sync(unsigned, float value, int bits) {
   return emulator::exchange(value, emulator::current % emulator::kWarp ^ bits);

@@ -27,7 +27,7 @@ class Projection(ctypes.Structure):
 
 
 class Plan(ctypes.Structure):
-    _fields_ = fields(c_int32, 'warps rows turns span span_blocks blocks chunks segments segment_chunks')
+    _fields_ = fields(c_int32, 'warps turns span span_blocks blocks chunks segments segment_chunks')
 
 
 class Args(ctypes.Structure):

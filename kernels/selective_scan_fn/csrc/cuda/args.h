@@ -13,9 +13,8 @@ struct float16 {
   uint16_t bits;
 };
 
-constexpr int kLanes = 32;               // threads of a warp
-constexpr int kSteps = 8;                // consecutive steps of a thread
-constexpr int kChunk = kLanes * kSteps;  // steps of a warp; CHUNK in ops.py
+constexpr int kWarp = 32;    // threads of a warp
+constexpr int kChunk = 256;  // steps that a channel's threads take at a time; CHUNK in ops.py
 
 // (B, D, L)
 template <typename T>
@@ -36,7 +35,6 @@ struct Projection {
 // How the work is cut, by launch.h.
 struct Plan {
   int32_t warps;       // of a block of threads
-  int32_t rows;        // channels of a warp, at a time
   int32_t turns;       // in which a warp takes as many, in backward
   int32_t span;        // consecutive channels that share B and C
   int32_t span_blocks; // blocks of threads that share out a span

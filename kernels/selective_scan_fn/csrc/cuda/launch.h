@@ -45,9 +45,8 @@ template <typename T>
 Plan plan_for(const Args<T>& a, int most_warps, int rows, int processors) {
   Plan plan{};
   plan.span = std::gcd(a.B.span, a.C.span);
-  plan.rows = std::min(rows, plan.span);
   plan.turns = 1;
-  const int needed = quotient_up(plan.span, plan.rows);
+  const int needed = quotient_up(plan.span, rows);
   plan.warps = std::min(needed, a.d_state > kManyStates ? std::min(most_warps, 4) : most_warps);
   plan.span_blocks = quotient_up(needed, plan.warps);
   plan.blocks = plan.span_blocks * (a.dim / plan.span);
@@ -61,8 +60,7 @@ Plan plan_for(const Args<T>& a, int most_warps, int rows, int processors) {
 
 template <typename T>
 Plan plan_forward(const Args<T>& a, int processors) {
-  const bool varying = a.B.data && a.C.data;
-  return plan_for(a, kForwardWarps, varying ? 2 : 1, processors);
+  return plan_for(a, kForwardWarps, kWarp / kForwardLanes, processors);
 }
 
 // Blocks leave one sum each for B and C in memory. As many turns as cost no time: a GPU takes two blocks per
@@ -83,22 +81,22 @@ Plan plan_backward(const Args<T>& a, int processors) {
   return plan;
 }
 
-template <typename T, int Rows>
+template <typename T, bool Varying>
 void forward_with(const Args<T>& a, Stream stream) {
-  const int threads = a.plan.warps * kLanes, shared = forward_shared(a.plan, a.d_state);
+  const int threads = a.plan.warps * kWarp, shared = forward_shared(a.plan, a.d_state);
   if (a.plan.segments > 1)
-    launch(scan_forward<T, Rows, true>, dim3(a.batch, a.plan.blocks, a.plan.segments - 1), threads, shared, stream, a);
-  launch(scan_forward<T, Rows, false>, dim3(a.batch, a.plan.blocks, a.plan.segments), threads, shared, stream, a);
+    launch(scan_forward<T, Varying, true>, dim3(a.batch, a.plan.blocks, a.plan.segments - 1), threads, shared, stream, a);
+  launch(scan_forward<T, Varying, false>, dim3(a.batch, a.plan.blocks, a.plan.segments), threads, shared, stream, a);
 }
 
 template <typename T>
 void run_forward(const Args<T>& a, Stream stream) {
-  a.plan.rows == 2 ? forward_with<T, 2>(a, stream) : forward_with<T, 1>(a, stream);
+  a.B.data && a.C.data ? forward_with<T, true>(a, stream) : forward_with<T, false>(a, stream);
 }
 
 template <typename T, bool Varying>
 void backward_with(const Args<T>& a, Stream stream) {
-  const int threads = a.plan.warps * kLanes, shared = backward_shared(a.plan, a.d_state);
+  const int threads = a.plan.warps * kWarp, shared = backward_shared(a.plan, a.d_state);
   if (a.plan.segments > 1)
     launch(scan_backward<T, Varying, true>, dim3(a.batch, a.plan.blocks, a.plan.segments), threads, shared, stream, a);
   launch(scan_backward<T, Varying, false>, dim3(a.batch, a.plan.blocks, a.plan.segments), threads, shared, stream, a);

@@ -1,4 +1,4 @@
-// What the kernels of the scan share: numbers, loads and stores of eight steps, and scans over the lanes of a warp.
+// What the kernels of the scan share: numbers, loads and stores of a thread's steps, and scans over lanes.
 #pragma once
 #include "args.h"
 
@@ -12,7 +12,6 @@ namespace scan {
 #endif
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kStates = 8;  // states whose B and C are in shared memory at a time in backward
 constexpr float kLn2 = 0.693147180559945f, kLog2E = 1.442695040888963f;
 
 // One instruction of the special function unit; relative error 2e-7.
@@ -105,158 +104,178 @@ __device__ __forceinline__ void narrow(float x, float16& y) {
 #endif
 }
 
+// Eight of them.
 template <typename Piece, typename T>
 __device__ __forceinline__ void copy_steps(const T* from, T* to) {
 #pragma unroll
-  for (int i = 0; i < int(kSteps * sizeof(T) / sizeof(Piece)); ++i)
+  for (int i = 0; i < int(8 * sizeof(T) / sizeof(Piece)); ++i)
     reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(from)[i];
 }
 
-// Eight steps from `p` on, of which `count` are there; the others are zero.
-template <typename T>
-__device__ __forceinline__ void load_steps(const T* p, int count, int alignment, float (&v)[kSteps]) {
-  alignas(16) T raw[kSteps];
-  if (count >= kSteps && alignment >= 8) {
-    if (alignment == 16)
-      copy_steps<uint4>(p, raw);
-    else
-      copy_steps<uint2>(p, raw);
+// Steps from `p` on, of which `count` are there; the others are zero. Eight at a time are aligned.
+template <typename T, int Steps>
+__device__ __forceinline__ void load_steps(const T* p, int count, int alignment, float (&v)[Steps]) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) v[i] = widen(raw[i]);
-  } else {
+  for (int at = 0; at < Steps; at += 8) {
+    alignas(16) T raw[8];
+    if (count - at >= 8 && alignment >= 8) {
+      if (alignment == 16)
+        copy_steps<uint4>(p + at, raw);
+      else
+        copy_steps<uint2>(p + at, raw);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) v[i] = i < count ? widen(p[i]) : 0.f;
+      for (int i = 0; i < 8; ++i) v[at + i] = widen(raw[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[at + i] = at + i < count ? widen(p[at + i]) : 0.f;
+    }
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_steps(T* p, int count, int alignment, const float (&v)[kSteps]) {
-  alignas(16) T raw[kSteps];
+template <typename T, int Steps>
+__device__ __forceinline__ void store_steps(T* p, int count, int alignment, const float (&v)[Steps]) {
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) narrow(v[i], raw[i]);
-  if (count >= kSteps && alignment >= 8) {
-    if (alignment == 16)
-      copy_steps<uint4>(raw, p);
-    else
-      copy_steps<uint2>(raw, p);
-  } else {
+  for (int at = 0; at < Steps; at += 8) {
+    alignas(16) T raw[8];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      if (i < count) p[i] = raw[i];
+    for (int i = 0; i < 8; ++i) narrow(v[at + i], raw[i]);
+    if (count - at >= 8 && alignment >= 8) {
+      if (alignment == 16)
+        copy_steps<uint4>(raw, p + at);
+      else
+        copy_steps<uint2>(raw, p + at);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (at + i < count) p[at + i] = raw[i];
+    }
   }
 }
 
-// A chunk of numbers in shared memory: the first four steps of all lanes, then, `Half` floats on, the other four, so
-// that 16-byte accesses of neighbouring lanes touch neighbouring bytes.
-template <int Half = kChunk / 2>
-__device__ __forceinline__ void read_chunk(const float* chunk, int lane, float (&v)[kSteps]) {
-  const float4 low = *reinterpret_cast<const float4*>(chunk + 4 * lane);
-  const float4 high = *reinterpret_cast<const float4*>(chunk + Half + 4 * lane);
-  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+// Numbers of a chunk in shared memory: the first four steps of all lanes, then, `Pitch` floats on, the next four, so that
+// 16-byte accesses of neighbouring lanes touch neighbouring bytes. Steps from 4 `piece` on of this lane:
+template <int Pitch>
+__device__ __forceinline__ void read_piece(const float* chunk, int piece, int lane, float (&v)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(chunk + piece * Pitch + 4 * lane);
+  v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
 }
 
-template <int Half = kChunk / 2>
-__device__ __forceinline__ void write_chunk(float* chunk, int lane, const float (&v)[kSteps]) {
-  *reinterpret_cast<float4*>(chunk + 4 * lane) = float4{v[0], v[1], v[2], v[3]};
-  *reinterpret_cast<float4*>(chunk + Half + 4 * lane) = float4{v[4], v[5], v[6], v[7]};
+template <int Pitch, int Steps>
+__device__ __forceinline__ void read_chunk(const float* chunk, int lane, float (&v)[Steps]) {
+#pragma unroll
+  for (int piece = 0; piece < Steps / 4; ++piece) {
+    float four[4];
+    read_piece<Pitch>(chunk, piece, lane, four);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[4 * piece + i] = four[i];
+  }
 }
 
-// B or C of `states` states and of one chunk, into shared memory, by all threads of the block.
-template <typename T>
+template <int Pitch, int Steps>
+__device__ __forceinline__ void write_chunk(float* chunk, int piece, int lane, const float (&v)[Steps]) {
+#pragma unroll
+  for (int k = 0; k < Steps / 4; ++k)
+    *reinterpret_cast<float4*>(chunk + (piece + k) * Pitch + 4 * lane) =
+        float4{v[4 * k], v[4 * k + 1], v[4 * k + 2], v[4 * k + 3]};
+}
+
+// B or C of `states` states and of one chunk, into shared memory, by all threads of the block, for channels of `Lanes`
+// lanes.
+template <int Lanes, int Pitch, typename T>
 __device__ __forceinline__ void stage(const T* from, int64_t stride, int states, int steps, int alignment, float* to) {
-  for (int i = threadIdx.x; i < states * kLanes; i += blockDim.x) {
-    const int state = i / kLanes, lane = i % kLanes;
-    float v[kSteps];
-    load_steps(from + state * stride + lane * kSteps, steps - lane * kSteps, alignment, v);
-    write_chunk(to + state * kChunk, lane, v);
+  constexpr int kEights = kChunk / 8, kOfLane = kEights / Lanes;
+  for (int i = threadIdx.x; i < states * kEights; i += blockDim.x) {
+    const int state = i / kEights, at = i % kEights;
+    float v[8];
+    load_steps(from + state * stride + at * 8, steps - at * 8, alignment, v);
+    write_chunk<Pitch>(to + state * (2 * kOfLane * Pitch), at % kOfLane * 2, at / kOfLane, v);
   }
 }
 
-// The sum over the lanes, in all of them.
+// Below a channel has `Lanes` neighbouring lanes of a warp.
+
+// The sum over the lanes of a channel, in all of them.
+template <int Lanes>
 __device__ __forceinline__ float sum_of_lanes(float x) {
 #pragma unroll
-  for (int k = 1; k < kLanes; k *= 2) x += __shfl_xor_sync(kAll, x, k);
+  for (int k = 1; k < Lanes; k *= 2) x += __shfl_xor_sync(kAll, x, k);
   return x;
 }
 
 // One round of a scan over the lanes, up or down: the map h -> decay h + state of this lane after that of the lane K
 // before it, or past it, if there is one. The shuffle says whether, which saves comparisons.
-template <int K, bool Up>
+template <int K, bool Up, int Lanes>
 __device__ __forceinline__ void compose_round(float& decay, float& state) {
 #ifdef __CUDA_ARCH__
+  constexpr int kOthers = (kWarp - Lanes) << 8;
   if constexpr (Up) {
     asm volatile(
         "{ .reg .pred here; .reg .f32 d, s;"
-        " shfl.sync.up.b32 s|here, %1, %2, 0, -1; shfl.sync.up.b32 d, %0, %2, 0, -1;"
+        " shfl.sync.up.b32 s|here, %1, %2, %3, -1; shfl.sync.up.b32 d, %0, %2, %3, -1;"
         " @here fma.rn.ftz.f32 %1, %0, s, %1; @here mul.rn.ftz.f32 %0, %0, d; }"
-        : "+f"(decay), "+f"(state) : "n"(K));
+        : "+f"(decay), "+f"(state) : "n"(K), "n"(kOthers));
   } else {
     asm volatile(
         "{ .reg .pred here; .reg .f32 d, s;"
-        " shfl.sync.down.b32 s|here, %1, %2, 31, -1; shfl.sync.down.b32 d, %0, %2, 31, -1;"
+        " shfl.sync.down.b32 s|here, %1, %2, %3, -1; shfl.sync.down.b32 d, %0, %2, %3, -1;"
         " @here fma.rn.ftz.f32 %1, %0, s, %1; @here mul.rn.ftz.f32 %0, %0, d; }"
-        : "+f"(decay), "+f"(state) : "n"(K));
+        : "+f"(decay), "+f"(state) : "n"(K), "n"(kOthers | (kWarp - 1)));
   }
 #else
-  const float s = Up ? __shfl_up_sync(kAll, state, K) : __shfl_down_sync(kAll, state, K);
-  const float d = Up ? __shfl_up_sync(kAll, decay, K) : __shfl_down_sync(kAll, decay, K);
-  const int lane = threadIdx.x % kLanes;
-  if (Up ? lane >= K : lane + K < kLanes) {
+  const float s = Up ? __shfl_up_sync(kAll, state, K, Lanes) : __shfl_down_sync(kAll, state, K, Lanes);
+  const float d = Up ? __shfl_up_sync(kAll, decay, K, Lanes) : __shfl_down_sync(kAll, decay, K, Lanes);
+  const int lane = threadIdx.x % Lanes;
+  if (Up ? lane >= K : lane + K < Lanes) {
     state = fmaf(decay, s, state);
     decay *= d;
   }
 #endif
 }
 
-// Composes the maps of all lanes up to and including this one, or from this one on, for each of R channels; after it
-// `state` is what they make of zero.
-template <bool Up, int R>
-__device__ __forceinline__ void compose(float (&decay)[R], float (&state)[R]) {
-#pragma unroll
-  for (int r = 0; r < R; ++r) compose_round<1, Up>(decay[r], state[r]);
-#pragma unroll
-  for (int r = 0; r < R; ++r) compose_round<2, Up>(decay[r], state[r]);
-#pragma unroll
-  for (int r = 0; r < R; ++r) compose_round<4, Up>(decay[r], state[r]);
-#pragma unroll
-  for (int r = 0; r < R; ++r) compose_round<8, Up>(decay[r], state[r]);
-#pragma unroll
-  for (int r = 0; r < R; ++r) compose_round<16, Up>(decay[r], state[r]);
+// Composes the maps of all lanes of a channel up to and including this one, or from this one on; after it `state` is
+// what they make of zero.
+template <bool Up, int Lanes>
+__device__ __forceinline__ void compose(float decay, float& state) {
+  compose_round<1, Up, Lanes>(decay, state);
+  compose_round<2, Up, Lanes>(decay, state);
+  compose_round<4, Up, Lanes>(decay, state);
+  compose_round<8, Up, Lanes>(decay, state);
+  if constexpr (Lanes == 32) compose_round<16, Up, Lanes>(decay, state);
 }
 
-// The channels of this warp, and where its numbers are.
-template <typename T>
+// The channel of this lane, and where its numbers are.
+template <typename T, int Lanes>
 struct Place {
-  int lane, warp, image, block, channel, rows, segment;
+  static constexpr int kSteps = kChunk / Lanes, kRows = kWarp / Lanes;
+
+  int lane, image, block, channel, segment;  // lane: of those of the channel
+  bool here;  // else there is none, which counts as a channel without steps
 
   // turn: of those in which the block takes its channels.
-  __device__ __forceinline__ Place(const Args<T>& a, int rows_of_warp, int turn = 0) {
+  __device__ __forceinline__ explicit Place(const Args<T>& a, int turn = 0) {
     const Plan& plan = a.plan;
-    lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+    lane = threadIdx.x % Lanes;
     image = blockIdx.x, block = blockIdx.y, segment = blockIdx.z;
     // Within the span:
-    const int first = ((block % plan.span_blocks * plan.turns + turn) * plan.warps + warp) * rows_of_warp;
-    rows = plan.span - first;  // those of the warp that are there; the others count as channels without steps
-    channel = block / plan.span_blocks * plan.span + (rows > 0 ? first : 0);
+    const int first = (block % plan.span_blocks * plan.turns + turn) * plan.warps * kRows + threadIdx.x / Lanes;
+    here = first < plan.span;
+    channel = block / plan.span_blocks * plan.span + (here ? first : 0);
   }
 
-  // Steps of row r from those of `lane` on in chunk `chunk`, none in a row that is not there.
-  __device__ __forceinline__ int steps(const Args<T>& a, int r, int chunk) const {
-    return r < rows ? a.length - chunk * kChunk - lane * kSteps : 0;
+  // Steps from those of `lane` on in chunk `chunk`.
+  __device__ __forceinline__ int steps(const Args<T>& a, int chunk) const {
+    return here ? a.length - chunk * kChunk - lane * kSteps : 0;
   }
 
-  __device__ __forceinline__ const T* at(const Walked<T>& t, int r, int chunk) const {
-    return t.data + image * t.batch + (channel + r) * t.channel + int64_t(chunk) * kChunk + lane * kSteps;
+  __device__ __forceinline__ const T* at(const Walked<T>& t, int chunk) const {
+    return t.data + image * t.batch + channel * t.channel + int64_t(chunk) * kChunk + lane * kSteps;
   }
 
   // Of a row in (B, D).
-  __device__ __forceinline__ int64_t row(const Args<T>& a, int r) const {
-    return int64_t(image) * a.dim + channel + r;
-  }
+  __device__ __forceinline__ int64_t row(const Args<T>& a) const { return int64_t(image) * a.dim + channel; }
 
-  __device__ __forceinline__ int64_t step(const Args<T>& a, int r, int chunk) const {
-    return row(a, r) * a.length + int64_t(chunk) * kChunk + lane * kSteps;
+  __device__ __forceinline__ int64_t step(const Args<T>& a, int chunk) const {
+    return row(a) * a.length + int64_t(chunk) * kChunk + lane * kSteps;
   }
 
   __device__ __forceinline__ const T* projection(const Projection<T>& p, int state, int chunk) const {
@@ -265,13 +284,13 @@ struct Place {
 };
 
 // The steps in units of log(2), so that exponentials are to base 2.
-template <typename T>
-__device__ __forceinline__ void load_step_sizes(const Args<T>& a, const Place<T>& place, int r, int chunk, float bias,
-                                                float (&step)[kSteps]) {
-  const int count = place.steps(a, r, chunk);
-  load_steps(place.at(a.delta, r, chunk), count, a.alignment, step);
+template <typename T, int Lanes>
+__device__ __forceinline__ void load_step_sizes(const Args<T>& a, const Place<T, Lanes>& place, int chunk, float bias,
+                                                float (&step)[kChunk / Lanes]) {
+  const int count = place.steps(a, chunk);
+  load_steps(place.at(a.delta, chunk), count, a.alignment, step);
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
+  for (int i = 0; i < kChunk / Lanes; ++i) {
     const float x = step[i] + bias;
     step[i] = i < count ? (a.softplus ? softplus2(x) : kLog2E * x) : 0.f;
   }
