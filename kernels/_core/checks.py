@@ -1,5 +1,7 @@
 """Argument checks that the operators share; every message names the argument, what came and what is
 allowed."""
+from operator import index
+
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -48,3 +50,15 @@ def check_same_device(op, tensors):
         if tensor.dtype not in FLOATS:
             raise TypeError(f'{op}: {name} has dtype {tensor.dtype}, expected one of '
                             f"{', '.join(str(d) for d in FLOATS)}")
+
+
+def check_integer(op, name, value, least):
+    """``value`` must be an integer of at least ``least``, which it is where a tracer or compiler puts its own."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    try:
+        valid = index(value) >= least
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f'{op}: {name} is {value!r}, expected an integer of at least {least}')

@@ -45,6 +45,8 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
     """
     op = 'selective_scan'
     check_same_device(op, dict(x=x, dt=dt, A=A, B=B, C=C, dt_weight=dt_weight, dt_bias=dt_bias, D=D))
+    for name, tensor in (('dt', dt), ('B', B)):
+        check_tensor(op, name, tensor)
     if x.dim() != 3:
         raise ValueError(f'{op}: x has shape {tuple(x.shape)}, expected (batch, L, D)')
     if dt.dim() not in (3, 4):

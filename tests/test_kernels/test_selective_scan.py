@@ -6,7 +6,7 @@ import torch
 from kernel_testing import DEVICES, Call, calls, room
 from mmengine.analysis import FlopAnalyzer
 
-from mmvssm.kernels import selective_scan, selective_scan_reference, use_backend
+from mmvssm.kernels import cross_scan_order, selective_scan, selective_scan_reference, two_way_order, use_backend
 
 CASES = room('selective_scan', 'cases').CASES
 
@@ -137,12 +137,33 @@ BAD_INPUTS = {
 }
 
 
+@pytest.mark.parametrize('name', ['x', 'dt', 'A', 'B', 'dt_weight', 'dt_bias'])
+def test_no_argument_that_must_be_there(name):
+    with pytest.raises(TypeError, match=f'^selective_scan: {name} is a NoneType, expected a Tensor'):
+        selective_scan(**{**inputs('tiny'), name: None})
+
+
 @pytest.mark.parametrize('changes, error, message', BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_bad_input(changes, error, message):
     tensors = inputs('tiny')
     tensors.update({name: change(tensors[name]) for name, change in changes.items()})
     with pytest.raises(error, match='^selective_scan: .*' + message):
         selective_scan(**tensors)
+
+
+def test_orders():
+    assert two_way_order(4).tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    assert cross_scan_order(2, 3).tolist() == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5],
+                                               [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
+
+
+@pytest.mark.parametrize('make, sizes, message', [
+    (two_way_order, (-1,), 'two_way_order: length is -1, expected an integer of at least 0'),
+    (two_way_order, (3.,), 'length is 3.0'), (cross_scan_order, (-2, -3), 'cross_scan_order: height is -2'),
+    (cross_scan_order, (2, '3'), "width is '3'")], ids=['negative', 'float', 'height', 'width'])
+def test_sizes_of_orders(make, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make(*sizes)
 
 
 @pytest.mark.parametrize('name, per_state, skip', [
@@ -192,6 +213,30 @@ def test_cut_as_for_larger_sizes(monkeypatch, case, settings, steps, segments, e
         monkeypatch.setattr(blocks, name, value)
     call.check(call.evaluate(tensors), call.expected(call.inputs(torch.float32)))
     assert set(seen) == {(steps, segments, each)}
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('case', ['length_1-skip', 'K2', 'K2-order_KL', 'rank_24', 'half', 'rank_70-order'])
+def test_directions_in_turn_as_for_many_images(monkeypatch, case, dtype, device):
+    call = Call('selective_scan', case, 'triton', device)
+    blocks, forward = (room('selective_scan', f'triton.{part}') for part in ('blocks', 'forward'))
+    monkeypatch.setattr(blocks, '_WARPS_FOR_TURNS', 1)
+    monkeypatch.setattr(forward, 'add_directions', lambda *_: pytest.fail('the directions were not taken in turn'))
+    call.check(call.evaluate(call.inputs(dtype)), call.expected(call.inputs(dtype)))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('begin', [0, 1])
+@pytest.mark.parametrize('case', ['rank_24', 'rank_48'])
+def test_dt_in_pairs_where_memory_allows(case, begin, device):
+    call = Call('selective_scan', case, 'triton', device)
+    tensors = call.inputs(torch.bfloat16)
+    dt = tensors['dt'].detach()
+    wider = dt.new_full((*dt.shape[:-1], dt.shape[-1] + 4), torch.nan)
+    tensors['dt'] = wider[..., begin:begin + dt.shape[-1]].copy_(dt).requires_grad_()
+    assert room('selective_scan', 'triton.blocks')._in_pairs(tensors['dt']) == (begin == 0)
+    call.check(call.evaluate(tensors), call.expected(tensors))
 
 
 @pytest.mark.parametrize('asked, ranks, stays', [(None, 128, True), (None, 129, False), ('triton', 129, True)],

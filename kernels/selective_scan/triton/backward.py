@@ -13,26 +13,33 @@ from .blocks import (
     ask_now,
     both_ways,
     fours,
-    load_bias,
-    load_projection,
-    load_ranks,
+    inside_of,
     load_rate,
     load_scalars,
     load_steps,
-    load_tile,
     of_steps,
-    pack,
     places,
     prefetch,
+    row_at,
+    state_before,
+    through_groups,
+    widen,
+)
+from .projection import (
+    load_bias,
+    load_pairs,
+    load_projection,
+    load_projection_pairs,
+    load_ranks,
+    load_tile,
+    pack,
     product_channel,
     project,
     project_many,
+    project_pairs,
     rows_of_steps,
     split_tf32,
-    state_before,
-    through_groups,
     to_product,
-    widen,
 )
 
 #: Warps of a program. A block of tokens is a chunk.
@@ -43,15 +50,18 @@ _ROWS, _VALUES = 32, 64
 
 @triton.jit
 def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr,
-          SLOTS: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr,
-          GRAD_ROW: tl.constexpr, STEPS: tl.constexpr, OUTPUT: tl.constexpr, ORDER: tl.constexpr, MAPS: tl.constexpr):
+          SLOTS: tl.constexpr, PAIRS: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr,
+          C_ROW: tl.constexpr, GRAD_ROW: tl.constexpr, STEPS: tl.constexpr, OUTPUT: tl.constexpr, ORDER: tl.constexpr,
+          MAPS: tl.constexpr):
     """What a block of tokens takes as it is in memory: ``dt`` for ``project``, by step ``grad`` and ``x``, and for
     ``of_steps`` ``C`` and ``B``; nothing of ``x`` and ``B`` with ``MAPS``."""
     begin = 0 if ORDER else start
     runs = tl.arange(0, GROUPS) * apart
     rows, here = places(order, start, runs, left, STEPS, ORDER)
     low = ()
-    if SLOTS:
+    if PAIRS:
+        low = load_pairs(dt + begin * DT_ROW, rows, here, R, d.shape[1], DT_ROW, ORDER)
+    elif SLOTS:
         low = load_ranks(dt + begin * DT_ROW, rows, here, R, RANKS, d.shape[1], DT_ROW, ORDER)
     grads = load_steps(grad + begin * GRAD_ROW, rows, here, d, in_d, GRAD_ROW, ORDER)
     cs, us, bs = (), (), ()
@@ -60,12 +70,12 @@ def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr
     if not MAPS:
         us = load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER)
         bs = load_scalars(B, order, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
-    return low, grads, cs, us, bs
+    return low, grads, cs, us, bs, rows if ORDER and not MAPS else ()
 
 
 @triton.jit
-def _widen(low, grads, cs, us, bs):
-    return widen(low), widen(grads), cs, widen(us), bs
+def _widen(low, grads, cs, us, bs, rows, PAIRS: tl.constexpr):
+    return low if PAIRS else widen(low), widen(grads), cs, widen(us), bs, rows
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -74,9 +84,9 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                    D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr,
                    DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
                    C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
-                   WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
-                   OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, MAPS: tl.constexpr,
-                   SEGMENTED: tl.constexpr):
+                   PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+                   CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr,
+                   LOG: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
     """As ``_scan``, in reverse; a program takes all states in turn, with ``MAPS`` one. Blocks of tokens are chunks.
 
     Layouts: grad (batch, L, N or 1, D), dense; grad_x (batch, K, L, D); grad_delta, where the states' shares add up,
@@ -113,7 +123,9 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     if ORDER:
         order += image * order_image + k * order_row
     bias += k * D
-    if SLOTS:
+    if PAIRS:
+        weights = load_projection_pairs(weight, block, D, R, WARPS, CHANNELS)
+    elif SLOTS:
         weights = load_projection(weight, bias, block, dt.dtype.element_ty, D, R, RANKS, SLOTS, WARPS, CHANNELS)
     bias = load_bias(bias, block, D, WARPS, CHANNELS)
     g = tl.arange(0, GROUPS)[:, None, None]
@@ -150,10 +162,10 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                                  fours(block, WARPS, CHANNELS))
         start = first + (count - 1) * ahead
         loaded = _load(x, dt, B + n, C + n, grad_n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS,
-                       SLOTS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
-        loaded = _widen(*loaded)
+                       SLOTS, PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
+        loaded = _widen(*loaded, PAIRS)
         for i in tl.range(0, count, num_stages=1):
-            low, grads, cs, us, bs = loaded
+            low, grads, cs, us, bs, rows = loaded
             if OUTPUT:
                 cs = of_steps(cs, STEPS, CHANNELS)
             if not MAPS:
@@ -169,10 +181,12 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             # The block before is loaded while this one is worked on; before the first one, that one again.
             prior = first + tl.maximum(back - 1, 0) * ahead
             following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d,
-                              R, RANKS, SLOTS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
+                              R, RANKS, SLOTS, PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
             if MAPS:
                 ask_now(count)
-            if SLOTS:
+            if PAIRS:
+                projected = project_pairs(low, weights, bias, R, STEPS)
+            elif SLOTS:
                 projected = project(low, weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
                 projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS,
@@ -205,11 +219,14 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                 for s in tl.static_range(STEPS):
                     befores = befores + (h,)
                     h = decays[s] * h + deltas[s] * drives[s]
-                rows, here = places(order, start, tl.arange(0, GROUPS) * STEPS, left, STEPS, ORDER)
+                runs = tl.arange(0, GROUPS) * STEPS
+                here = inside_of(runs, left, STEPS)
+                if not ORDER:
+                    rows = (runs,) * STEPS
                 steps, sums_B, sums_C = (), (), ()
                 for s in tl.static_range(STEPS - 1, -1, -1):
                     inside = here[s][:, None, None] & in_d
-                    at = begin * D + rows[s][:, None, None] * D + d + (0 if ORDER else s * D)
+                    at = begin * D + row_at(rows[s], D, ORDER) + d + (0 if ORDER else s * D)
                     adjoint = _times(cs, grads, s) + behind
                     if OUTPUT:
                         h = decays[s] * befores[s] + deltas[s] * drives[s]
@@ -261,7 +278,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                         sum_weight = tl.dot(high, dts_rest, sum_weight, input_precision='tf32')
                     sum_weight = tl.dot(high, dts, sum_weight, input_precision='tf32')
                     sum_weight = tl.dot(rest, dts, sum_weight, input_precision='tf32')
-            loaded = _widen(*following)
+            loaded = _widen(*following, PAIRS)
         if MAPS:
             a, r, _, _ = through_groups(exp2(rate * total), carry, True)
             at = maps + ((row * N + n) * segs + seg) * 2 * D + d

@@ -3,8 +3,7 @@
 A program walks blocks of tokens by a block of channels, its warps side by side with 16 or 32 channels each: nothing of
 the recurrence crosses warps. Step ``s`` of all eight groups of tokens is one tensor [groups, warps, channels], of which
 a thread has one group and a fourth of the channels: within a group the recurrence runs step by step, each step
-elementwise, and between groups by exchanges between threads of the maps ``h -> a h + b``. What a thread has is also
-what the tensor cores want of it, so that nothing moves for the products with ``dt_weight``.
+elementwise, and between groups by exchanges between threads of the maps ``h -> a h + b``.
 """
 import torch
 import triton
@@ -24,10 +23,15 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _FEW_WARPS, _ENOUGH_WARPS = 500, {16: 2112, 32: 1584}
 #: Between few and so many warps, which are no segments, each needs more that it can do at once.
 _MANY_WARPS = 1500
-#: Above so many slots, see ``load_projection``, a program does not hold them: a thread has 255 registers.
+#: With so many for each direction, programs take all directions in turn: the outputs' sum is then read and written in
+#: the caches, instead of every direction's output in memory.
+_WARPS_FOR_TURNS = 1056
+#: Above so many slots, see ``projection.load_projection``, a program does not hold them: a thread has 255 registers.
 _MOST_SLOTS = 64
 #: And up to so many, its warps may have 32 channels.
 _MOST_SLOTS_WIDE = 16
+#: Above the first and up to the second, ranks of bfloat16 are multiplied in pairs: with fewer, products are half empty.
+_FEW_RANKS, _MOST_RANKS_IN_PAIRS = 12, 48
 
 
 def _segments(warps, blocks, longest, channels=16):
@@ -45,17 +49,27 @@ def _dense(tensor):
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def _in_pairs(dt):
+    """Whether numbers of ``dt`` are bfloat16 that can be loaded, and multiplied, two at a time."""
+    begin = dt.data_ptr() or 2 * dt.storage_offset()  # meta tensors have no address
+    odd = [n for size, n in zip(dt.shape[:-1], dt.stride()[:-1], strict=True) if size > 1 and n % 2]
+    return dt.dtype == torch.bfloat16 and begin % 4 == 0 and dt.shape[-1] % 2 == 0 and not odd
+
+
 class Launch:
     """The shapes of one call, and the launch of kernels whose first arguments are those of the operator. ``alone``:
     the steps where a warp has few beside it that could work while it waits. ``wide``: warps have 32 channels where
-    there are segments and a thread can hold that."""
+    there are segments and a thread can hold that. ``turns``: a program may take all directions."""
 
-    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log, alone=None, wide=False):
+    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log, alone=None, wide=False,
+                 turns=False):
         (self.batch, self.L, self.D), (self.K, self.R), self.N = x.shape, dt.shape[2:], B.shape[3]
         self.output, self.chunks = C is not None, cdiv(self.L, chunk)
+        dt = _dense(dt)
         ranks = max(4, next_power_of_2(self.R))
-        slots = 2 * ranks * (1 if dt.dtype.itemsize == 2 else 2) * (2 if ranks == 4 else 1)  # see load_projection
+        slots = 2 * ranks * (1 if dt.dtype.itemsize == 2 else 2) * (2 if ranks == 4 else 1)  # see projection.py
         slots = slots if slots <= _MOST_SLOTS else 0
+        pairs = _FEW_RANKS < self.R <= _MOST_RANKS_IN_PAIRS and _in_pairs(dt)
         wide = wide and 0 < slots <= _MOST_SLOTS_WIDE and x.dtype.itemsize == 2 and self.D % 32 == 0
         for self.channels in (32, 16) if wide else (16,):
             self.num_warps = min(warps, next_power_of_2(cdiv(self.D, self.channels)))
@@ -65,7 +79,7 @@ class Launch:
                 break
         # Images follow one another, so that the compiler knows how they are aligned.
         self.x, x_row = as_rows(x, 2)
-        dt, B = _dense(dt), _dense(B)
+        B = _dense(B)
         C = B if C is None else _dense(C)
         order_image = order_row = 0
         if order is not None:
@@ -84,11 +98,13 @@ class Launch:
             raise BackendError(f"selective_scan: 'triton' takes dt of rank 1 to {MOST_RANKS}, got {self.R}; use "
                                "mmvssm.kernels.use_backend('torch')")
         self.steps = steps
+        in_turn = turns and self.output and self.N == 1 and programs * self.num_warps // self.K >= _WARPS_FOR_TURNS
+        self.turns = self.K if in_turn and self.segments == 1 else 1
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
                         C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
-                        self.num_warps, self.channels, steps, chunk, self.output, skip is not None, order is not None,
-                        log)
+                        pairs, self.num_warps, self.channels, steps, chunk, self.output, skip is not None,
+                        order is not None, log)
 
     def maps(self, each):
         """Memory for what segments do to states, ``each`` map by map, or None where there is one segment."""
@@ -99,7 +115,7 @@ class Launch:
     def __call__(self, kernel, states, *buffers, constants, **options):
         """Launch ``kernel`` with ``states`` programs per image, direction, segment and block of channels; its last
         arguments are ``constants``."""
-        programs = self.blocks * self.segments * self.batch * self.K * states
+        programs = self.blocks * self.segments * self.batch * (self.K // self.turns) * states
         launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, *constants,
                num_warps=self.num_warps, **options)
 
@@ -120,43 +136,6 @@ def rate_of(rate, LOG: tl.constexpr):
 
 
 @triton.jit
-def split_tf32(x):
-    """``x`` as the sum of two numbers of which tensor cores read every digit, nearly: the first, rounded to their
-    eleven digits, leaves twelve."""
-    if _INTERPRETED:  # tensor cores leave out the digits that they do not read
-        high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
-        return high, ((x - high).to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    else:  # otherwise the compiler joins the difference with what comes before, which takes one instruction more
-        return tl.inline_asm_elementwise(
-            '{ .reg .b32 t; mov.b32 t, $2; add.s32 t, t, 4096; and.b32 $0, t, 0xffffe000; sub.f32 $1, $2, $0; }',
-            '=&f,=f,f', [x], (tl.float32, tl.float32), True, 1)
-
-
-@triton.jit
-def load_tile(base, rows, columns, here, ROW: tl.constexpr, COUNT: tl.constexpr):
-    """``base[rows, columns]``, zero where a row is not ``here`` or a column not below ``COUNT``."""
-    mask = here[:, None] & (columns < COUNT)[None, :]
-    return tl.load(base + rows[:, None] * ROW + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def load_ranks(base, rows, here, R: tl.constexpr, RANKS: tl.constexpr, WARPS: tl.constexpr, ROW: tl.constexpr,
-               ORDER: tl.constexpr):
-    """``dt`` of the rows of each step, [groups, warps, 4] for each four ranks.
-
-    Every warp loads its own, and a thread what it multiplies in ``project``: nothing goes through shared memory."""
-    rank = tl.arange(0, 4)[None, None, :]
-    loaded = ()
-    for s in tl.static_range(len(rows)):
-        for quad in tl.static_range(RANKS // 4):
-            at = base + rows[s][:, None, None] * ROW + (rank + quad * 4)
-            at = tl.broadcast_to(at + (0 if ORDER else s * ROW), (GROUPS, WARPS, 4))
-            mask = tl.broadcast_to(here[s][:, None, None] & (rank + quad * 4 < R), (GROUPS, WARPS, 4))
-            loaded = loaded + (tl.load(at, mask=mask, other=0.0),)
-    return loaded
-
-
-@triton.jit
 def prefetch(at):
     """A hint to bring the memory at some addresses to the L2 cache, 128 bytes at each."""
     if not _INTERPRETED:
@@ -171,200 +150,6 @@ def ask_now(count):
     if not _INTERPRETED:
         tl.inline_asm_elementwise('{ .reg .pred p; setp.lt.s32 p, $1, 0; @p exit; mov.b32 $0, 0; }', '=r,r', [count],
                                   tl.int32, False, 1)
-
-
-@triton.jit
-def product_channel(column, CHANNELS: tl.constexpr):
-    """The channel of a warp whose product shall be in ``column``, so that it comes out where the thread holds it."""
-    return column % 8 // 2 * (CHANNELS // 4) + column // 8 * 2 + column % 2
-
-
-@triton.jit
-def _product_channels(block, WARPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The channels of a product's columns, [warps, 1, channels]."""
-    column = product_channel(tl.arange(0, CHANNELS), CHANNELS)[None, None, :]
-    return (block * WARPS + tl.arange(0, WARPS)[:, None, None]) * CHANNELS + column
-
-
-@triton.jit
-def load_bias(bias, block, D: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """``dt_bias``, [warps, 1, channels], for ``project``, in units of log(2), with the other sign: minus signs take
-    instructions."""
-    d = _product_channels(block, WARPS, CHANNELS)
-    return tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32) * -LOG2_E
-
-
-@triton.jit
-def load_projection(weight, bias, block, DTYPE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
-                    SLOTS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """``dt_weight``, [warps, slots, channels], for ``project``, in the units of ``load_bias``. ``DTYPE``: of ``dt``.
-
-    Tensor cores read eleven digits of a number. Two slots follow one another for each rank, with the weight's first
-    digits and its others; for float32 all of them come twice. Of four ranks half precision would leave half of the
-    slots empty that a product takes at least: ``dt_bias`` takes three of them, then. A thread loads what it multiplies.
-    """
-    g = tl.arange(0, GROUPS)[:, None, None]
-    rank = tl.arange(0, 4)[None, None, :]
-    tiles, biases = (), ()
-    for tile in tl.static_range(CHANNELS // 8):
-        d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * CHANNELS + product_channel(tile * 8 + g, CHANNELS)
-        quads = ()
-        for quad in tl.static_range(RANKS // 4):
-            at = weight + d * R + (quad * 4 + rank)
-            w = tl.load(at, mask=(d < D) & (quad * 4 + rank < R), other=0.0).to(tl.float32) * -LOG2_E
-            high, rest = split_tf32(w)
-            quads = quads + (tl.join(high, rest),)
-        tiles = tiles + (stack(quads),)
-        if RANKS == 4:
-            at = bias + d + rank  # so that the compiler has the thread load it that loads the weight
-            b = tl.load(at, mask=(d < D) & (rank == 0), other=0.0).to(tl.float32)
-            b += tl.load(at - 1, mask=(d < D) & (rank == 1), other=0.0).to(tl.float32)
-            high, rest = split_tf32(b * -LOG2_E)
-            middle, rest = split_tf32(rest)
-            b = tl.join(tl.where(rank == 0, high, rest), tl.where(rank == 0, middle, 0.0))
-            biases = biases + (stack((b,)),)
-    w = stack(tiles)  # [groups, warps, 4, 2, quads, tiles]
-    if RANKS == 4:
-        b = stack(biases)
-        w = stack((w, w, b, tl.zeros_like(b)) if DTYPE == tl.float32 else (w, b))
-    else:
-        w = stack((w, w) if DTYPE == tl.float32 else (w,))
-    return tl.reshape(tl.permute(w, (1, 6, 4, 2, 3, 5, 0)), (WARPS, SLOTS, CHANNELS))
-
-
-@triton.jit
-def project(low, weights, bias, DTYPE: tl.constexpr, RANKS: tl.constexpr, STEPS: tl.constexpr):
-    """``-(dt @ dt_weight.T + dt_bias)`` in units of log(2), as a tuple of ``STEPS`` tensors [groups, warps, channels].
-
-    ``low`` is what ``load_ranks`` gave of ``dt``, which is of ``DTYPE``; tokens are in the order of ``rows_of_steps``.
-    Of float32 the first digits are multiplied by the first of the slots, the others by those that come again. Tensor
-    cores read all of half precision. Ones are multiplied by those of ``dt_bias``.
-    """
-    WARPS: tl.constexpr = weights.shape[0]
-    QUADS: tl.constexpr = RANKS // 4
-    quads = ()
-    for quad in tl.static_range(QUADS):
-        steps = ()
-        for s in tl.static_range(STEPS):
-            steps = steps + (low[s * QUADS + quad],)
-        quads = quads + (stack(steps),)
-    low = stack(quads)  # [groups, warps, 4, steps, quads]
-    parts = (low,)
-    if DTYPE == tl.float32:
-        parts = split_tf32(low)
-    if RANKS == 4:
-        one = tl.full(low.shape, 1.0, tl.float32)
-        parts = (parts[0], parts[1], one, one) if DTYPE == tl.float32 else (low, one)
-    low = stack(parts)
-    low = tl.permute(tl.join(low, low), (1, 3, 0, 5, 4, 2, 6))
-    low = tl.reshape(low, (WARPS, STEPS * GROUPS, weights.shape[1]))
-    if RANKS == 4:
-        v = tl.dot(low, weights, input_precision='tf32')
-    else:
-        v = tl.dot(low, weights, tl.broadcast_to(bias, (WARPS, low.shape[1], weights.shape[2])), input_precision='tf32')
-    return _steps_of(v, STEPS)
-
-
-@triton.jit
-def stack(parts):
-    """A tuple of 1, 2, 4 or 8 tensors as one with another dimension, the last."""
-    if len(parts) == 1:
-        return tl.reshape(parts[0], parts[0].shape + (1,))
-    elif len(parts) == 2:
-        return tl.join(parts[0], parts[1])
-    elif len(parts) == 4:
-        return _joined(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])))
-    else:
-        return _joined(_joined(tl.join(tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6])),
-                                       tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7])))))
-
-
-@triton.jit
-def _joined(x):
-    """The last two dimensions of a tensor as one."""
-    return tl.reshape(x, x.shape[:-2] + (x.shape[-2] * x.shape[-1],))
-
-
-@triton.jit
-def project_many(dt, weight, bias, order, start, left, apart, block, D: tl.constexpr, R: tl.constexpr,
-                 ROW: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
-                 ORDER: tl.constexpr):
-    """As ``project``, of ranks too many for a program to hold: sixteen after sixteen, from memory."""
-    token, here = tokens_of_rows(order, start, left, apart, STEPS, ORDER)
-    dt += (0 if ORDER else start) * ROW
-    d = _product_channels(block, WARPS, CHANNELS)
-    v = tl.broadcast_to(bias, (WARPS, GROUPS * STEPS, CHANNELS))
-    for first in tl.range(0, R, 16, num_stages=1):
-        rank = first + tl.arange(0, 16)
-        low = load_tile(dt, token, rank, here, ROW, R).to(tl.float32)
-        low = tl.broadcast_to(low[None, :, :], (WARPS, GROUPS * STEPS, 16))
-        rank = rank[None, :, None]
-        w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
-        high, rest = split_tf32(w)
-        if dt.dtype.element_ty == tl.float32:
-            low, low_rest = split_tf32(low)
-            v = tl.dot(low_rest, high, v, input_precision='tf32')
-        v = tl.dot(low, high, v, input_precision='tf32')
-        v = tl.dot(low, rest, v, input_precision='tf32')
-    return _steps_of(v, STEPS)
-
-
-@triton.jit
-def _steps_of(v, STEPS: tl.constexpr):
-    """A product, [warps, tokens, channels], as a tuple of ``STEPS`` tensors [groups, warps, channels]."""
-    WARPS: tl.constexpr = v.shape[0]
-    CHANNELS: tl.constexpr = v.shape[2]
-    v = tl.permute(tl.reshape(v, (WARPS, STEPS, 8, CHANNELS // 8, 4, 2)), (2, 0, 4, 3, 5, 1))
-    return _unpack(tl.reshape(v, (8, WARPS, CHANNELS, STEPS)))
-
-
-@triton.jit
-def rows_of_steps(STEPS: tl.constexpr):
-    """Tokens as rows of a product: first steps of all groups, second steps, ..."""
-    row = tl.arange(0, GROUPS * STEPS)
-    return row // GROUPS, row % GROUPS
-
-
-@triton.jit
-def tokens_of_rows(order, start, left, apart, STEPS: tl.constexpr, ORDER: tl.constexpr):
-    """The tokens of ``rows_of_steps``, as ``places`` gives them, and whether they are there."""
-    step, group = rows_of_steps(STEPS)
-    token = group * apart + step
-    here = token < left
-    if ORDER:
-        token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
-    return token, here
-
-
-@triton.jit
-def _unpack(x):
-    """The slices of the last dimension, 4 or 8, as a tuple."""
-    x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2))
-    even, odd = tl.split(x)
-    if x.shape[3] == 2:
-        v0, v2 = tl.split(even)
-        v1, v3 = tl.split(odd)
-        return v0, v1, v2, v3
-    else:
-        v0, v2, v4, v6 = _unpack(even)
-        v1, v3, v5, v7 = _unpack(odd)
-        return v0, v1, v2, v3, v4, v5, v6, v7
-
-
-@triton.jit
-def pack(steps):
-    """A tuple of four [groups, ..] as one [.., four, groups]."""
-    return tl.join(tl.join(steps[0], steps[2]), tl.join(steps[1], steps[3]))
-
-
-@triton.jit
-def to_product(steps):
-    """A tuple of four [groups, warps, 16] as one [warps, tokens, 16] to multiply, in the orders of ``rows_of_steps``
-    and ``product_channel``: the compiler has a thread multiply pairs of channels where it holds four."""
-    x = pack(steps)
-    x = tl.reshape(x, (GROUPS, x.shape[1], 4, 2, 2, 2, 2))
-    x = tl.permute(x, (1, 5, 6, 0, 3, 2, 4))
-    return tl.reshape(x, (x.shape[0], 4 * GROUPS, 16))
 
 
 @triton.jit
@@ -474,17 +259,34 @@ def state_before(maps, count, first, step, D: tl.constexpr, MAP: tl.constexpr, d
 
 
 @triton.jit
+def inside_of(runs, left, STEPS: tl.constexpr):
+    """Whether the groups' tokens are there, for each step."""
+    here = ()
+    for s in tl.static_range(STEPS):
+        here = here + (runs + s < left,)
+    return here
+
+
+@triton.jit
 def places(order, start, runs, left, STEPS: tl.constexpr, ORDER: tl.constexpr):
     """For each step, where the groups' tokens are, as rows behind that of ``start``, or with ``ORDER`` behind the
     first; and whether they are."""
-    rows, here = (), ()
+    here = inside_of(runs, left, STEPS)
+    rows = ()
     for s in tl.static_range(STEPS):
-        inside = runs + s < left
         row = runs
         if ORDER:
-            row = tl.load(order + start + runs + s, mask=inside, other=0).to(tl.int64)
-        rows, here = rows + (row,), here + (inside,)
+            row = tl.load(order + start + runs + s, mask=here[s], other=0).to(tl.int32)
+        rows = rows + (row,)
     return rows, here
+
+
+@triton.jit
+def row_at(row, ROW: tl.constexpr, ORDER: tl.constexpr):
+    """Where rows of ``places`` begin, [groups, 1, 1]; with ``ORDER`` that may take 64 bits."""
+    if ORDER:
+        row = row.to(tl.int64)
+    return row[:, None, None] * ROW
 
 
 @triton.jit
@@ -492,9 +294,16 @@ def load_steps(base, rows, here, d, in_d, ROW: tl.constexpr, ORDER: tl.constexpr
     """Elements ``d`` of the rows of each step, in their own precision."""
     loaded = ()
     for s in tl.static_range(len(rows)):
-        at = base + rows[s][:, None, None] * ROW + d
+        at = base + row_at(rows[s], ROW, ORDER) + d
         loaded = loaded + (tl.load(at + (0 if ORDER else s * ROW), mask=here[s][:, None, None] & in_d, other=0.0),)
     return loaded
+
+
+@triton.jit
+def store_steps(base, ats, values, here, in_d):
+    """Stores by step what ``load_steps`` would load."""
+    for s in tl.static_range(len(values)):
+        tl.store(base + ats[s], values[s], mask=here[s][:, None, None] & in_d)
 
 
 @triton.jit

@@ -12,85 +12,92 @@ from .blocks import (
     add_directions,
     ask_now,
     fours,
-    load_bias,
+    inside_of,
     load_fours,
-    load_projection,
-    load_ranks,
     load_rate,
     load_scalars,
     load_steps,
     of_steps,
     places,
     prefetch,
-    project,
-    project_many,
     rate_of,
+    row_at,
     state_before,
     store_fours,
+    store_steps,
     through_groups,
     widen,
+)
+from .projection import (
+    load_bias,
+    load_pairs,
+    load_projection,
+    load_projection_pairs,
+    load_ranks,
+    project,
+    project_many,
+    project_pairs,
 )
 
 
 @triton.jit
-def _load(x, dt, B, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
-          X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, STEPS: tl.constexpr, ORDER: tl.constexpr):
-    """What a block of tokens takes as it is in memory: ``dt`` for ``project``, ``x`` by step, ``B`` for ``of_steps``.
+def _load(x, dt, B, C, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
+          PAIRS: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr,
+          STEPS: tl.constexpr, ORDER: tl.constexpr, EARLY: tl.constexpr):
+    """What a block of tokens takes as it is in memory: ``dt`` for ``project``, ``x`` by step, ``B`` for ``of_steps``;
+    with ``EARLY`` what is needed last as well, ``C`` likewise and where the tokens are.
     """
     begin = 0 if ORDER else start
-    rows, here = places(order, start, tl.arange(0, GROUPS) * apart, left, STEPS, ORDER)
-    low = ()
-    if SLOTS:
+    runs = tl.arange(0, GROUPS) * apart
+    rows, here = places(order, start, runs, left, STEPS, ORDER)
+    low, cs = (), ()
+    if PAIRS:
+        low = load_pairs(dt + begin * DT_ROW, rows, here, R, d.shape[1], DT_ROW, ORDER)
+    elif SLOTS:
         low = load_ranks(dt + begin * DT_ROW, rows, here, R, RANKS, d.shape[1], DT_ROW, ORDER)
-    return (low, load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER),
-            load_scalars(B, order, start, tl.arange(0, GROUPS) * apart, left, B_ROW, d.shape[1], STEPS, ORDER))
+    us = load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER)
+    bs = load_scalars(B, order, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
+    if EARLY:
+        cs = load_scalars(C, order, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER)
+    return low, us, bs, cs, rows if EARLY else ()
 
 
 @triton.jit
-def _widen(low, us, bs):
-    return widen(low), widen(us), bs
+def _widen(low, us, bs, cs, rows, PAIRS: tl.constexpr):
+    return low if PAIRS else widen(low), widen(us), bs, cs, rows
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks, segs, each, dt_image, B_image, C_image,
-          order_image, order_row, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-          X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
-          C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.constexpr,
-          CHANNELS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr,
-          ORDER: tl.constexpr, LOG: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
-    """One segment of one image and direction, ``CHANNELS * WARPS`` channels, and one state; all states with ``OUTPUT``.
-
-    ``MAPS``: only what the segment does to a state, for the segments after it, and what its groups up to each do, for
-    the next pass; from its end to its beginning, so that the next pass finds in the cache what it reads first.
-    ``OVERLAP``: the next pass begins while this one ends.
-    Layouts: y (batch, L, N, D) without ``OUTPUT``, else (batch, K, L, D); states (batch, K, chunks, N, D); maps
-    (batch, K, N, segs, 1 + groups, 2, D).
-    """
-    BLOCKS: tl.constexpr = (D + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)
+@triton.jit
+def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, order, maps, part, y, states, L, chunks,
+          segs, each, dt_image, B_image, C_image, order_image, order_row, D: tl.constexpr, N: tl.constexpr,
+          K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr,
+          B_ROW: tl.constexpr, B_K: tl.constexpr, C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr,
+          SLOTS: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+          CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr,
+          TURNS: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
+    """One segment of one image in direction ``k``, see ``_scan``."""
     NS: tl.constexpr = N if MAPS or not OUTPUT else 1  # states that are programs of their own
     BLOCK: tl.constexpr = GROUPS * STEPS
-    pid = tl.program_id(0)
-    block = pid % BLOCKS
+    EARLY: tl.constexpr = TURNS > 1  # what is needed last is loaded first
     d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     in_d = d < D
     ds = fours(block, WARPS, CHANNELS)
-    seg = pid // BLOCKS % segs
-    row = pid // BLOCKS // segs
-    first_n = row % NS
-    k = row // NS % K
-    image = (row // NS // K).to(tl.int64)
     row = image * K + k
     x += image * L * X_ROW
     dt += image * dt_image + k * DT_K
     B += image * B_image + k * B_K
     weight += k * D * R
     bias += k * D
-    if SLOTS:
+    if PAIRS:
+        weights = load_projection_pairs(weight, block, D, R, WARPS, CHANNELS)
+    elif SLOTS:
         weights = load_projection(weight, bias, block, dt.dtype.element_ty, D, R, RANKS, SLOTS, WARPS, CHANNELS)
     bias = load_bias(bias, block, D, WARPS, CHANNELS)
     if OUTPUT:
         C += image * C_image + k * C_K
-        y += row * L * D
+        y += (row if TURNS == 1 else image) * L * D
+        if TURNS > 1:
+            part += image * L * D
     else:
         y += image * L * N * D + first_n * D
     if ORDER:
@@ -109,8 +116,8 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
         let_next_start()
     for n in range(first_n, first_n + N // NS):
         start = first + (each - 1) * ahead if MAPS else first
-        loaded = _load(x, dt, B + n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, X_ROW,
-                       DT_ROW, B_ROW, STEPS, ORDER)
+        loaded = _load(x, dt, B + n, C, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, PAIRS,
+                       X_ROW, DT_ROW, B_ROW, C_ROW, STEPS, ORDER, EARLY)
         if CHANNELS == 16:
             rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         else:  # there is one state
@@ -126,21 +133,27 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
             to_a = load_fours(own + (1 + g) * 2 * D, ds, g >= 0, D, 0.0)
             to_b = load_fours(own + (1 + g) * 2 * D + D, ds, g >= 0, D, 0.0)
             h = to_a * state_before(maps_n, seg, 0, 1, D, MAP, ds) + to_b
-        loaded = _widen(*loaded)
+        loaded = _widen(*loaded, PAIRS)
         for i in tl.range(0, each, num_stages=1):
-            low, us, bs = loaded
+            low, us, bs, cs, rows = loaded
             bs = of_steps(bs, STEPS, CHANNELS)
             start = first + (each - 1 - i if MAPS else i) * ahead
             left = (L - start).to(tl.int32)
             further = first + tl.maximum(each - 2 - i, 0) * ahead if MAPS else start + ahead
             # The next block is loaded while this one is worked on.
-            following = _load(x, dt, B + n, order, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
-                              SLOTS, X_ROW, DT_ROW, B_ROW, STEPS, ORDER)
+            following = _load(x, dt, B + n, C, order, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
+                              SLOTS, PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, STEPS, ORDER, EARLY)
+            begin = 0 if ORDER else start
+            if EARLY:  # of the first direction, no token has a sum so far
+                here = inside_of(runs, tl.where(k > 0, left, 0), STEPS)
+                parts = load_steps(part + begin * D, rows, here, d, in_d, D, ORDER)
             ask_now(each)
             if STEPS > 4:  # few warps and no segments: the one after that
                 soon = tl.minimum(2 * BLOCK + tl.arange(0, BLOCK), left - 1)
                 prefetch(x + start * X_ROW + soon * X_ROW + block * WARPS * CHANNELS)
-            if SLOTS:
+            if PAIRS:
+                projected = project_pairs(low, weights, bias, R, STEPS)
+            elif SLOTS:
                 projected = project(low, weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
                 projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS,
@@ -170,34 +183,76 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, y, states, L, chunks,
                 chunk = first // CHUNK + ran // CHUNK
                 store_fours(states + ((row * chunks + chunk) * N + n) * D, ds, enter,
                             (ran % CHUNK == 0) & (chunk < chunks), D)
-                begin = 0 if ORDER else start
-                rows, here = places(order, start, runs, left, STEPS, ORDER)
+                if EARLY:
+                    here = inside_of(runs, left, STEPS)
+                else:
+                    rows, here = places(order, start, runs, left, STEPS, ORDER)
+                    if OUTPUT:
+                        cs = load_scalars(C + n, order, start, runs, left, C_ROW, WARPS, STEPS, ORDER)
                 if OUTPUT:
-                    cs = load_scalars(C + n, order, start, runs, left, C_ROW, WARPS, STEPS, ORDER)
                     cs = of_steps(cs, STEPS, CHANNELS)
+                ats, values = (), ()
                 for s in tl.static_range(STEPS):
                     inside = here[s][:, None, None] & in_d
+                    at = begin * Y_ROW + row_at(rows[s], Y_ROW, ORDER) + d + (0 if ORDER else s * Y_ROW)
                     enter = decays[s] * enter + drives[s]
-                    out = y + begin * Y_ROW + rows[s][:, None, None] * Y_ROW + d + (0 if ORDER else s * Y_ROW)
+                    value = enter
                     if OUTPUT:
                         value = cs[s] * enter
                         if n > 0:
-                            value += tl.load(out, mask=inside, other=0.0)
+                            value += tl.load(y + at, mask=inside, other=0.0)
                         elif SKIP:
                             skip_d = tl.load(skip + k * D + d, mask=in_d, other=0.0).to(tl.float32)
                             value += skip_d * us[s]
-                        tl.store(out, value, mask=inside)
-                    else:
-                        tl.store(out, enter, mask=inside)
+                    if EARLY:
+                        value += parts[s]
+                    ats, values = ats + (at,), values + (value,)
+                if TURNS == 1 or k == K - 1:
+                    store_steps(y, ats, values, here, in_d)
+                else:
+                    store_steps(part, ats, values, here, in_d)
                 if SEGMENTED:
                     h = enter
-            loaded = _widen(*following)
+            loaded = _widen(*following, PAIRS)
         if MAPS:
             a, b, to_a, to_b = through_groups(through, h)
             store_fours(own + g * 0, ds, a, g == 0, D)
             store_fours(own + D + g * 0, ds, b, g == 0, D)
             store_fours(own + (1 + g) * 2 * D, ds, to_a, g >= 0, D)
             store_fours(own + (1 + g) * 2 * D + D, ds, to_b, g >= 0, D)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, part, y, states, L, chunks, segs, each, dt_image, B_image,
+          C_image, order_image, order_row, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+          X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
+          C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr,
+          WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr,
+          SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, TURNS: tl.constexpr, MAPS: tl.constexpr,
+          SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
+    """One segment of one image and direction, ``CHANNELS * WARPS`` channels, and one state; all states with ``OUTPUT``.
+
+    ``TURNS``: directions that a program takes one after the other, 1 or all. In the latter case the output's sum so far
+    is in ``part`` (batch, L, D), fp32, until the last one's is added.
+    ``MAPS``: only what the segment does to a state, for the segments after it, and what its groups up to each do, for
+    the next pass; from its end to its beginning, so that the next pass finds in the cache what it reads first.
+    ``OVERLAP``: the next pass begins while this one ends.
+    Layouts: y (batch, L, N, D) without ``OUTPUT``, else (batch, K, L, D), or (batch, L, D) with turns; states
+    (batch, K, chunks, N, D); maps (batch, K, N, segs, 1 + groups, 2, D).
+    """
+    BLOCKS: tl.constexpr = (D + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)
+    NS: tl.constexpr = N if MAPS or not OUTPUT else 1  # states that are programs of their own
+    pid = tl.program_id(0)
+    row = pid // BLOCKS // segs
+    image = (row // NS // (K // TURNS)).to(tl.int64)
+    for turn in tl.range(0, TURNS, num_stages=1):
+        k = row // NS % K if TURNS == 1 else turn
+        _walk(pid % BLOCKS, pid // BLOCKS % segs, row % NS, k, image, x, dt, A, B, C, weight, bias, skip, order, maps,
+              part, y, states, L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row, D, N, K, R,
+              X_ROW, DT_ROW, DT_K, B_ROW, B_K, C_ROW, C_K, RANKS, SLOTS, PAIRS, WARPS, CHANNELS, STEPS, CHUNK, OUTPUT,
+              SKIP, ORDER, LOG, TURNS, MAPS, SEGMENTED, OVERLAP)
+        if TURNS > 1:  # threads read what others wrote
+            tl.debug_barrier()
 
 
 #: Warps of a program, steps of a group, and those where few warps have no order, which takes registers.
@@ -207,6 +262,8 @@ _WARPS, _STEPS, _STEPS_ALONE = 4, 4, 8
 def _registers(run, half):
     """The registers of a thread, where the assembler has to be told: of itself it takes fewer for these, works out one
     step size after another, and waits for each of their operations. Others have what they need or would spill."""
+    if run.turns > 1:
+        return {'maxnreg': 168} if half else {}
     if run.N > 1 or run.output or run.R > (8 if half else 4):
         return {}
     if run.steps == 8:  # there are no segments
@@ -219,10 +276,14 @@ def _registers(run, half):
 def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
     """``y`` and the state before each chunk; see ``ops.py``. ``log``: ``A`` has logarithms, of the rates' opposites."""
     run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS, _STEPS, log,
-                 _STEPS_ALONE if order is None else None, B.shape[3] == 1 and C is None and order is None)
+                 _STEPS_ALONE if order is None else None, B.shape[3] == 1 and C is None and order is None, turns=True)
     states = x.new_empty((run.batch, run.K, run.chunks, run.N, run.D), dtype=torch.float32)
+    part = None
     if not run.output:
         y = x.new_empty((run.batch, run.L, run.N, run.D))
+    elif run.turns > 1:
+        y = x.new_empty((run.batch, run.L, run.D))
+        part = torch.empty_like(y, dtype=torch.float32)
     else:
         sums = run.K * run.N > 1
         y = x.new_empty((run.batch, run.K, run.L, run.D), dtype=torch.float32 if sums else x.dtype)
@@ -230,10 +291,11 @@ def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
         maps, options = run.maps(1 + GROUPS.value), _registers(run, x.dtype.itemsize == 2)
         overlap = maps is not None and overlaps(x)
         if maps is not None:
-            run(_scan, run.N, maps, y, states, constants=(True, True, overlap), **options)
+            run(_scan, run.N, maps, part, y, states, constants=(run.turns, True, True, overlap), **options)
         if overlap:
             options['launch_pdl'] = True
-        run(_scan, 1 if run.output else run.N, maps, y, states, constants=(False, maps is not None, overlap), **options)
-    if run.output:
+        run(_scan, 1 if run.output else run.N, maps, part, y, states,
+            constants=(run.turns, False, maps is not None, overlap), **options)
+    if run.output and run.turns == 1:
         y = add_directions(y, x.dtype)
     return y, states
