@@ -2,9 +2,9 @@
 
 ``MMVSSM_BUILD_EXT`` decides about the compiled kernels: unset builds them where PyTorch and a C++ compiler
 are found and says so where they are not; ``0`` never builds (pure Python, slower); ``1`` builds or fails.
-The CUDA kernels are a library of their own. They are built where nvcc and a CUDA build of PyTorch are found and there
-is a GPU, or ``TORCH_CUDA_ARCH_LIST`` is set, and installation goes on without them if that fails; ``FORCE_CUDA=1``
-builds them without a GPU, or fails.
+The CUDA kernels are a library of their own. They are built where nvcc and a CUDA build of PyTorch are found, with or
+without a GPU, and installation goes on without them if that fails; ``FORCE_CUDA=1`` builds them or fails, ``0`` never
+does.
 Install with ``--no-build-isolation`` so that the build sees the PyTorch it will run with; the environment then
 needs setuptools, wheel and preferably ninja.
 """
@@ -17,7 +17,7 @@ from setuptools import setup
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUILD_EXT = os.environ.get('MMVSSM_BUILD_EXT', 'auto')
-FORCE_CUDA = os.environ.get('FORCE_CUDA', '0') == '1'
+FORCE_CUDA = os.environ.get('FORCE_CUDA', 'auto')
 #: Unless TORCH_CUDA_ARCH_LIST says otherwise; newer GPUs compile the last one's PTX when they first need it.
 ARCHITECTURES = '8.0;8.6;8.9;9.0+PTX'
 
@@ -41,10 +41,12 @@ def why_not_cuda():
     """The reason for doing without the CUDA kernels, or None."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
+    if FORCE_CUDA not in ('auto', '0', '1'):
+        sys.exit(f'FORCE_CUDA={FORCE_CUDA!r}: expected 0 or 1, or leave it unset')
     if not torch.version.cuda:
         return 'this PyTorch was built without CUDA'
-    if not (FORCE_CUDA or torch.cuda.is_available() or os.environ.get('TORCH_CUDA_ARCH_LIST')):
-        return 'there is no GPU; FORCE_CUDA=1 builds them all the same'
+    if FORCE_CUDA == '0':
+        return 'FORCE_CUDA=0'
     if not CUDA_HOME:
         return 'nvcc is not found; install the CUDA toolkit or set CUDA_HOME'
     if not os.path.exists(os.path.join(CUDA_HOME, 'include', 'cuda_runtime_api.h')):
@@ -74,7 +76,7 @@ def extensions():
                 super().run()
             except Exception as error:
                 without = self.extensions[-1].name.endswith('_cuda')
-                kind, switch, required = (('CUDA', 'FORCE_CUDA', FORCE_CUDA) if without else
+                kind, switch, required = (('CUDA', 'FORCE_CUDA', FORCE_CUDA == '1') if without else
                                           ('compiled', 'MMVSSM_BUILD_EXT', BUILD_EXT == '1'))
                 if required:
                     raise
@@ -95,7 +97,7 @@ def extensions():
     ext = CppExtension('mmvssm.kernels._C', sources, depends=glob('kernels/**/*.h', recursive=True),
                        extra_compile_args=flags + openmp, extra_link_args=openmp)
     without_cuda = why_not_cuda()
-    if without_cuda and FORCE_CUDA:
+    if without_cuda and FORCE_CUDA == '1':
         sys.exit(f'FORCE_CUDA=1, but {without_cuda}')
     if without_cuda:
         print(f'mmvssm: installing without CUDA kernels: {without_cuda}', file=sys.stderr)

@@ -1,7 +1,7 @@
 """The public scan with Mamba's interface: validates, documents, calls the operator."""
 import torch
 
-from .._core.checks import check_same_device, check_shape
+from .._core.checks import check_same_device, check_shape, check_tensor
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 #: States per channel that the kernels take.
@@ -22,7 +22,7 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     ``softplus`` is the identity above 20. Internals are float32 (float64 for float64 ``u``).
 
     Args:
-        u (Tensor): input, (B, D, L); any strides, fastest where the steps are adjacent in memory.
+        u (Tensor): input, (B, D, L) with D 1 or more; any strides, fastest where the steps are adjacent in memory.
         delta (Tensor): steps, (B, D, L).
         A (Tensor): real decay rates, (D, N) with N from 1 to 256, negative for a stable recurrence.
         B, C (Tensor): input and output projections: constant (D, N), varying (B, N, L), or varying (B, G, N, L) for G
@@ -41,7 +41,7 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
 
     Raises:
         ValueError: a shape does not fit, or tensors are on different devices.
-        TypeError: a tensor is not real floating point; complex ``A`` is not supported.
+        TypeError: what must be a tensor is none, or it is not real floating point; complex ``A`` is not supported.
         BackendError: a requested backend cannot run the call.
     """
     op = 'selective_scan_fn'
@@ -50,9 +50,13 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
         if isinstance(tensor, torch.Tensor) and tensor.is_complex():
             raise TypeError(f'{op}: {name} is complex ({tensor.dtype}), expected a real tensor: states are real here')
     check_same_device(op, tensors)
+    for name in ('A', 'B', 'C'):
+        check_tensor(op, name, tensors[name])
     if u.dim() != 3:
         raise ValueError(f'{op}: u has shape {tuple(u.shape)}, expected (B, D, L)')
     batch, dim, length = u.shape
+    if dim == 0:
+        raise ValueError(f'{op}: u has 0 channels, expected 1 or more; its shape is {tuple(u.shape)}')
     check_shape(op, 'delta', delta, u.shape, '(B, D, L)')
     if A.dim() != 2:
         raise ValueError(f'{op}: A has shape {tuple(A.shape)}, expected (D, N)')

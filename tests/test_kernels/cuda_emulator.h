@@ -1,6 +1,7 @@
 // Enough of CUDA C++ to run kernels on the CPU, one thread of a block after the other: each is a fiber that runs until it
-// waits for others. A shuffle waits for its warp, a barrier for the block. Shared memory begins as NaN and has a guard
-// behind it. What a kernel does must not depend on the order of threads: `descending` runs them from the last.
+// waits for others. A shuffle waits for its warp, a barrier for the block; a warp runs until all of its threads wait at a
+// barrier. Shared memory begins as NaN and has a guard behind it. What a kernel does must not depend on the order of
+// threads: `descending` runs them from the last.
 #pragma once
 #include <ucontext.h>
 
@@ -109,15 +110,26 @@ inline void run_block() {
     fiber.context.uc_link = nullptr, fiber.done = false;
     makecontext(&fiber.context, enter, 0);
   }
+  // A warp goes as far as it can before the others do, so that they miss a barrier that is not there.
+  const int count = threads / kWarp;
   for (int left = threads; left > 0;) {
-    progress = false, left = 0;
-    for (int i = 0; i < threads; ++i) {
-      current = descending ? threads - 1 - i : i;
-      if (fibers[current].done) continue;
-      swapcontext(&scheduler, &fibers[current].context);
-      left += !fibers[current].done;
+    bool moved = false;
+    left = 0;
+    for (int w = 0; w < count; ++w) {
+      int waiting;
+      do {
+        progress = false, waiting = 0;
+        for (int lane = 0; lane < kWarp; ++lane) {
+          current = descending ? threads - 1 - w * kWarp - lane : w * kWarp + lane;
+          if (fibers[current].done) continue;
+          swapcontext(&scheduler, &fibers[current].context);
+          waiting += !fibers[current].done;
+        }
+        moved |= progress;
+      } while (progress);
+      left += waiting;
     }
-    if (!progress) fail("threads wait for each other forever");
+    if (!moved) fail("threads wait for each other forever");
   }
 }
 

@@ -173,7 +173,19 @@ BAD_INPUTS = {
                     "token_order='zigzag', expected one of released, quadtree"),
     'y-dims': (lambda x, s: from_quadtree(x, s, 8, 8), ValueError, r'from_quadtree: y has shape \(2, 8, 8, 3\)'),
     'y-length': (lambda x, s: from_quadtree(x.flatten(1, 2), s, 8, 4), ValueError, r'\(batch, 8 \* 4, D\)'),
+    'height-type': (lambda x, s: from_quadtree(x.flatten(1, 2), s, 8., 8), ValueError,
+                    r'from_quadtree: height is 8\.0, expected an integer of at least 1'),
+    'width-sign': (lambda x, s: from_quadtree(x.flatten(1, 2), s, 8, -8), ValueError, 'width is -8.*at least 1'),
     'sides': (lambda x, s: from_quadtree(x.flatten(1, 2), s, 32, 2), ValueError, 'height, width: a map of 32 x 2'),
+    'scores-dims': (lambda x, s: window_scores(x), ValueError, r'scores has shape \(2, 8, 8, 3\), expected.*even H'),
+    'scores-sides': (lambda x, s: window_scores(x[:, :5, :, 0]), ValueError, r'shape \(2, 5, 8\)'),
+    'scores-empty': (lambda x, s: window_scores(x[:, :0, :, 0]), ValueError, r'shape \(2, 0, 8\)'),
+    'scores-dtype': (lambda x, s: window_scores(x[..., 0].int()), TypeError, 'window_scores: scores has dtype'),
+    'scores-shift': (lambda x, s: window_scores(x[..., 0], (.5, 1)), ValueError, 'window_scores: shift is'),
+    'logits-dims': (lambda x, s: select_window(s[0], False), ValueError, r'logits has shape \(4,\).*\(batch, windows'),
+    'logits-empty': (lambda x, s: select_window(s[:, :0], True), ValueError, r'logits has shape \(2, 0\)'),
+    'logits-dtype': (lambda x, s: select_window(s.long(), False), TypeError, 'select_window: logits has dtype'),
+    'logits-type': (lambda x, s: select_window(None, False), TypeError, 'logits is a NoneType'),
 }
 
 

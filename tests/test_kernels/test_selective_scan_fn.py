@@ -3,9 +3,12 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_testing import DEVICES, Call, backends, cotangent_like, evaluate, expected, poisoned_memory, room
 from mmengine.analysis import FlopAnalyzer
 
@@ -13,6 +16,7 @@ from mmvssm.kernels import selective_scan_fn, selective_scan_fn_reference, use_b
 from mmvssm.kernels._core.cases import lay_out, relative_error
 
 CASES = room('selective_scan_fn', 'cases').CASES
+README = pathlib.Path(__file__).parents[2] / 'kernels' / 'selective_scan_fn' / 'README.md'
 
 
 def inputs(name, dtype=torch.float64):
@@ -109,6 +113,26 @@ def test_precisions_may_differ(dtype, backend, device):
     tensors = call.inputs(dtype)
     tensors = {**tensors, 'delta': tensors['delta'].float(), 'z': tensors['z'].half()}
     call.check(call.evaluate(tensors), call.expected(tensors))
+
+
+def test_vims_function_in_readme():
+    """Beside what Vim's blocks get from the function that it replaces, token by token."""
+    code, = re.findall(r'^```python\n(def mamba_inner_fn_no_out_proj.*?)^```$', README.read_text(), re.M | re.S)
+    names = dict(F=F, selective_scan_fn=selective_scan_fn)
+    exec(code, names)
+    generator = torch.Generator().manual_seed(0)
+    xz, conv, conv_bias, x_proj, dt_proj, A, D, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 12, 9), (6, 1, 4), (6,), (2 + 3 + 3, 6), (6, 2), (6, 3), (6,), (6,)))
+    A = -A.exp()
+    got = names['mamba_inner_fn_no_out_proj'](xz, conv, conv_bias, x_proj, dt_proj, A, None, None, D, delta_bias=bias,
+                                              delta_softplus=True)
+    x, z = xz[:, :6], xz[:, 6:]
+    x = F.silu(torch.stack([(conv[:, 0] * F.pad(x, (3, 0))[..., t:t + 4]).sum(-1) + conv_bias for t in range(9)], -1))
+    tokens = F.linear(x.mT, x_proj)
+    delta = F.linear(tokens[..., :2], dt_proj).mT
+    expected = selective_scan_fn_reference(x, delta, A, tokens[..., 2:5].mT, tokens[..., 5:].mT, D, z, bias, True)
+    torch.testing.assert_close(got, expected)
 
 
 def sizes():
@@ -227,12 +251,19 @@ def test_triton_cuts_the_sequence(few, enough, segments, device, monkeypatch):
     call.check(got, expected('selective_scan_fn', 'length_1000', torch.float32))
 
 
+@pytest.mark.parametrize('name', ['u', 'delta', 'A', 'B', 'C'])
+def test_no_argument_that_must_be_there(name):
+    with pytest.raises(TypeError, match=f'^selective_scan_fn: {name} is a NoneType, expected a Tensor'):
+        selective_scan_fn(**{**inputs('tiny'), name: None})
+
+
 def wider(t):
     return t[:, :1].expand(-1, 257)
 
 
 BAD_INPUTS = {
     'u-dims': (dict(u=lambda t: t[0]), ValueError, r'u has shape \(2, 5\), expected \(B, D, L\)'),
+    'u-no_channel': (dict(u=lambda t: t[:, :0]), ValueError, 'u has 0 channels, expected 1 or more'),
     'u-dtype': (dict(u=lambda t: t.long()), TypeError, 'u has dtype torch.int64'),
     'delta-shape': (dict(delta=lambda t: t[..., 1:]), ValueError, r'delta has shape \(2, 2, 4\).*\(2, 2, 5\)'),
     'A-complex': (dict(A=lambda t: t.to(torch.complex64)), TypeError, r'A is complex \(torch.complex64\), .* real'),

@@ -87,7 +87,8 @@ __device__ __forceinline__ float widen(float16 x) {
 
 __device__ __forceinline__ void narrow(float x, float& y) { y = x; }
 __device__ __forceinline__ void narrow(float x, bfloat16& y) {
-#ifdef __CUDA_ARCH__
+// Older GPUs, which never run this, may be on the list of those to compile for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
 #else
   uint32_t bits;
