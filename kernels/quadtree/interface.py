@@ -1,11 +1,9 @@
 """The public re-orderings: validate, document, call the operator."""
-from operator import index
-
 import torch
 
-from .._core.checks import check_same_device, check_shape
+from .._core.checks import check_integer, check_same_device, check_shape
 from . import flops, ops  # noqa: F401  (register the operator)
-from .orders import TOKEN_ORDERS
+from .orders import TOKEN_ORDERS, check_shift
 
 
 def to_quadtree(x, selected, *, shift=(0, 0), token_order='released'):
@@ -58,6 +56,8 @@ def from_quadtree(y, selected, height, width, *, shift=(0, 0), token_order='rele
     """
     op = 'from_quadtree'
     check_same_device(op, dict(y=y, selected=selected))
+    check_integer(op, 'height', height, 1)
+    check_integer(op, 'width', width, 1)
     if y.dim() != 3 or y.shape[1] != height * width:
         raise ValueError(f'{op}: y has shape {tuple(y.shape)}, expected (batch, {height} * {width}, D)')
     shift = _check(op, 'height, width', y.shape[0], height, width, selected, shift, token_order)
@@ -69,13 +69,8 @@ def _check(op, what, batch, height, width, selected, shift, token_order):
     if height % 4 or width % 4 or not height or not width:
         raise ValueError(f'{op}: {what}: a map of {height} x {width} tokens, expected multiples of 4; pad it')
     check_shape(op, 'selected', selected, (batch, 4), '(batch, 4)')
-    try:
-        # Tracers have tensors for integers, the compiler symbols that shall remain such.
-        dy, dx = shift if torch.compiler.is_compiling() else map(index, shift)
-    except (TypeError, ValueError):
-        raise ValueError(f'{op}: shift is {shift}, expected two integers (dy, dx)') from None
     check_token_order(op, token_order)
-    return dy, dx
+    return check_shift(op, shift)
 
 
 def check_token_order(owner, token_order):

@@ -4,9 +4,12 @@ Paper: Xie et al., "QuadMamba: Learning Quadtree-based Selective Scan for Visual
 https://arxiv.org/abs/2410.06806, section 3.2.
 """
 from functools import lru_cache
+from operator import index
 from typing import NamedTuple
 
 import torch
+
+from .._core.checks import check_same_device
 
 #: 'released': the sub-windows of the selected window keep their places in a walk over the whole map, as in the
 #: authors' code and checkpoints. 'quadtree': in their window's own quarter of the sequence, as in the paper.
@@ -48,16 +51,35 @@ def _by_windows(tokens, parts):
     return tokens.view(parts, height, parts, width).transpose(1, 2).flatten()
 
 
+def check_shift(op, shift):
+    """``shift`` as two integers (dy, dx); raises ValueError for what is not."""
+    try:
+        # Tracers have tensors for integers, the compiler symbols that shall remain such.
+        dy, dx = shift if torch.compiler.is_compiling() else map(index, shift)
+    except (TypeError, ValueError):
+        raise ValueError(f'{op}: shift is {shift}, expected two integers (dy, dx)') from None
+    return dy, dx
+
+
 def window_scores(scores, shift=(0, 0)):
     """Mean score of each of the 2 x 2 windows of a map.
 
     Args:
-        scores (Tensor): (batch, H, W), even sides.
+        scores (Tensor): (batch, H, W), even sides; any dtype of floating point.
         shift (tuple[int, int]): roll of the map (dy, dx) before it is cut into windows.
 
     Returns:
-        Tensor: (batch, 4), windows row by row.
+        Tensor: (batch, 4), windows row by row, dtype of ``scores``.
+
+    Raises:
+        ValueError: the shape of ``scores`` or ``shift`` does not fit.
+        TypeError: ``scores`` is not floating point.
     """
+    op = 'window_scores'
+    check_same_device(op, dict(scores=scores))
+    if scores.dim() != 3 or not all(side and side % 2 == 0 for side in scores.shape[1:]):
+        raise ValueError(f'{op}: scores has shape {tuple(scores.shape)}, expected (batch, H, W) with even H and W')
+    shift = check_shift(op, shift)
     batch, height, width = scores.shape
     if any(shift):
         scores = scores.roll(shift, (1, 2))
@@ -69,13 +91,20 @@ def select_window(logits, sample):
     exactly 0 and 1, backward it is the softmax (Gumbel-softmax, arXiv 1611.01144, at temperature 1).
 
     Args:
-        logits (Tensor): (batch, windows).
+        logits (Tensor): (batch, windows); any dtype of floating point.
         sample (bool): draw the window with the probabilities of the softmax, from PyTorch's generator; else the
             highest logit wins.
 
     Returns:
-        Tensor: (batch, windows).
+        Tensor: (batch, windows), dtype of ``logits``.
+
+    Raises:
+        ValueError: ``logits`` has another shape.
+        TypeError: ``logits`` is not floating point.
     """
+    check_same_device('select_window', dict(logits=logits))
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f'select_window: logits has shape {tuple(logits.shape)}, expected (batch, windows)')
     if sample:
         logits = logits - torch.empty_like(logits).exponential_().log()
     soft = logits.softmax(-1)

@@ -231,6 +231,12 @@ def test_other_dtypes_are_finite_and_close(name, dtype):
     (dict(mlp_ratio=-1), ['mlp_ratio=-1']),
     (dict(mlp_ratio=0.01), ['mlp_ratio=0.01', '1 / embed_dims']),
     (dict(mlp_ratio=None), ['mlp_ratio=None']),
+    (dict(mlp_ratio=float('nan')), ['mlp_ratio=nan', 'finite']),
+    (dict(mlp_ratio=float('inf')), ['mlp_ratio=inf', 'finite']),
+    (dict(frozen_stages=True), ['frozen_stages=True', '-1 (none)']),  # a flag is no number of stages
+    (dict(out_indices=True), ['out_indices=True', '0..3']),
+    (dict(d_state=True), ['d_state=True', '1..256']),
+    (dict(compile=dict(modes='default')), ["compile={'modes': 'default'}", 'torch.compile', "'modes'"]),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else '')
 def test_bad_argument_is_named(name, kwargs, words):
     with pytest.raises(ValueError) as raised:
@@ -264,19 +270,23 @@ def test_arguments_from_a_config_file(name, tmp_path):
     assert model.out_indices == (1, 3)
 
 
-@pytest.mark.parametrize('family', [backbones.SpatialMamba, backbones.QuadMamba])
-def test_compile_option_compiles_the_backbone_alone(family):
+@pytest.mark.parametrize('family, graphs', [(backbones.SpatialMamba, 2), (backbones.QuadMamba, 3)],
+                         ids=['SpatialMamba', 'QuadMamba'])
+def test_compile_option_compiles_the_backbone_alone(family, graphs):
+    """Spatial-Mamba once more for sizes that change, QuadMamba for each."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    arch, image = dict(embed_dims=16, depths=(1, 1, 1, 1)), torch.randn(2, 3, 64, 96)
+    arch = dict(embed_dims=16, depths=(1, 1, 1, 1))
     torch.manual_seed(0)
     model = family(arch, compile=dict(backend='aot_eager', fullgraph=True)).eval()
     plain = family(arch).eval()
     plain.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for got, expected in zip(model(image), plain(image)):
-            torch.testing.assert_close(got, expected)
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+    for n, size in enumerate([(192, 256), (256, 192), (288, 320)]):
+        image = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            for got, expected in zip(model(image), plain(image)):
+                torch.testing.assert_close(got, expected)
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == min(n + 1, graphs), size
     torch._dynamo.reset()
 
 

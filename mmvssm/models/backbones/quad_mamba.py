@@ -251,7 +251,7 @@ class QuadMamba(VisionSSM):
             downsamplings. Default -1.
         norm_eval (bool): keep BatchNorm in eval mode when training; this backbone has none. Default False.
         compile (bool | dict): run the backbone under ``torch.compile``, alone in whatever model it is part of; a dict
-            holds its options, e.g. ``dict(dynamic=True)``. Default False.
+            holds its options. Each size of images is compiled for itself. Default False.
         init_cfg (dict, optional): MMEngine's initialisation. Default None: the publication's.
 
     Raises:
@@ -269,6 +269,8 @@ class QuadMamba(VisionSSM):
         small=dict(embed_dims=96, depths=(2, 2, 5, 2), drop_path_rate=0.2),
         base=dict(embed_dims=96, depths=(2, 2, 15, 2), drop_path_rate=0.3))
     classifier_prefixes = ('classifier.norm.', 'classifier.head.')
+    #: PyTorch 2.11 takes more than ten minutes over the sizes of windows as symbols, and with gradients fails.
+    compile_options = dict(dynamic=False)
 
     def __init__(self, arch='tiny', token_order='released', in_channels=3, out_indices=(0, 1, 2, 3),
                  drop_path_rate=None, d_state=1, mlp_ratio=4.0, with_cp=False, frozen_stages=-1, norm_eval=False,

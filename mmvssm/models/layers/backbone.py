@@ -1,4 +1,5 @@
 """What all backbones of this package share: options, freezing, output norms, loading."""
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,6 +35,8 @@ class VisionSSM(BaseModule):
     arch_settings = {}
     #: Names that only the authors' classifiers have: their final norm, then their head.
     classifier_prefixes = ('norm.', 'head.')
+    #: Options of torch.compile where ``compile`` says nothing else.
+    compile_options = {}
 
     def __init__(self, arch, in_channels, out_indices, drop_path_rate, d_state, mlp_ratio, with_cp, frozen_stages,
                  norm_eval, compile, init_cfg):
@@ -42,12 +45,15 @@ class VisionSSM(BaseModule):
         if not isinstance(compile, (bool, Mapping)):
             raise ValueError(f'{name}: compile={compile!r}, expected True, False or a dict of options of torch.compile')
         if compile:
-            self.compile(**({} if compile is True else compile))
+            try:
+                self.compile(**{**self.compile_options, **({} if compile is True else compile)})
+            except TypeError as error:
+                raise ValueError(f'{name}: compile={compile!r}, expected options of torch.compile: {error}') from None
         settings = self.parse_arch(arch)
         self.embed_dims, self.depths = settings['embed_dims'], tuple(settings['depths'])
         stages = len(self.depths)
-        given, out_indices = out_indices, (out_indices,) if isinstance(out_indices, int) else out_indices
-        if isinstance(out_indices, Sequence) and all(isinstance(i, int) for i in out_indices):
+        given, out_indices = out_indices, (out_indices,) if type(out_indices) is int else out_indices
+        if isinstance(out_indices, Sequence) and all(type(i) is int for i in out_indices):
             out_indices = tuple(i + stages if i < 0 else i for i in out_indices)
         else:
             out_indices = ()
@@ -56,21 +62,22 @@ class VisionSSM(BaseModule):
             raise ValueError(f'{name}: out_indices={given}, expected increasing stage numbers in '
                              f'0..{stages - 1}')
         self.out_indices = out_indices
-        if not isinstance(in_channels, int) or in_channels < 1:
+        if type(in_channels) is not int or in_channels < 1:
             raise ValueError(f'{name}: in_channels={in_channels!r}, expected a positive integer')
         self.in_channels = in_channels
         rate = settings.get('drop_path_rate', 0.) if drop_path_rate is None else drop_path_rate
         if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise ValueError(f'{name}: drop_path_rate={rate!r}, expected a number in [0, 1)')
-        if not isinstance(d_state, int) or not 1 <= d_state <= 256:
+        if type(d_state) is not int or not 1 <= d_state <= 256:
             raise ValueError(f'{name}: d_state={d_state!r}, expected an integer in 1..256')
-        if not isinstance(mlp_ratio, (int, float)) or mlp_ratio * self.embed_dims < 1:
-            raise ValueError(f'{name}: mlp_ratio={mlp_ratio!r}, expected a number of at least 1 / embed_dims')
+        if not isinstance(mlp_ratio, (int, float)) or not 1 <= mlp_ratio * self.embed_dims < math.inf:
+            raise ValueError(f'{name}: mlp_ratio={mlp_ratio!r}, expected a finite number of at least 1 / '
+                             'embed_dims')
         # Stages past the last output are not built, so that every parameter takes part in training.
         self.num_stages = out_indices[-1] + 1
         rates = iter(torch.linspace(0, rate, sum(self.depths)).tolist())
         self.drop_path_rates = [[next(rates) for _ in range(depth)] for depth in self.depths]
-        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= self.num_stages:
+        if type(frozen_stages) is not int or not -1 <= frozen_stages <= self.num_stages:
             raise ValueError(f'{name}: frozen_stages={frozen_stages!r}, expected -1 (none), 0 (stem) to '
                              f'{self.num_stages} (stem and all stages)')
         self.frozen_stages = frozen_stages
@@ -103,11 +110,11 @@ class VisionSSM(BaseModule):
             raise ValueError(f'{name}: arch has unknown keys {sorted(unknown)}, expected embed_dims, depths '
                              'and optionally drop_path_rate')
         dims, depths = arch['embed_dims'], arch['depths']
-        if not isinstance(dims, int) or dims < 2 or dims % 2:
+        if type(dims) is not int or dims < 2 or dims % 2:
             raise ValueError(f"{name}: arch['embed_dims']={dims!r}, expected an even integer: the width of "
                              'the first stage')
         if not isinstance(depths, Sequence) or len(depths) != 4 \
-                or not all(isinstance(d, int) and d > 0 for d in depths):
+                or not all(type(d) is int and d > 0 for d in depths):
             raise ValueError(f"{name}: arch['depths']={depths!r}, expected 4 positive integers: blocks of each "
                              'stage')
         return arch
