@@ -25,6 +25,7 @@ from mmvssm.engine.config import (
 )
 from mmvssm.engine.data_check import check_checkpoint, check_data
 from mmvssm.engine.hooks import FloatBoxesHook, StrictLoadingHook
+from mmvssm.engine.samples import NamedSamplesHook, sample_errors
 
 SEG_TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
@@ -203,7 +204,9 @@ def main(argv=None):
     runner.register_hook(StrictLoadingHook())
     if args.tta and type_name(cfg.model) == 'DetTTAModel':
         runner.register_hook(BoxesOnlyHook())
-    runner.test()
+    runner.register_hook(NamedSamplesHook())
+    with sample_errors(runner):
+        runner.test()
 
 
 if __name__ == '__main__':

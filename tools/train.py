@@ -28,7 +28,8 @@ from mmvssm.engine.data_check import check_data, check_load_from, check_pretrain
 from mmvssm.engine.finite_hook import FiniteHook
 from mmvssm.engine.hooks import FloatBoxesHook, PartialLoadingHook, StrictLoadingHook
 from mmvssm.engine.label_hook import LabelRangeHook
-from mmvssm.engine.seeding import IterationSeedHook, SampleError, explain_dead_worker
+from mmvssm.engine.samples import NamedSamplesHook, sample_errors
+from mmvssm.engine.seeding import IterationSeedHook
 from mmvssm.engine.stopping import STOPPED_STATUS, ResumeHook, StopHook, TrainingStopped
 
 #: Of files that cannot be written any more, such as logs.
@@ -114,7 +115,7 @@ def main(argv=None):
         runner.logger.info(note)
     if args.amp:
         runner.register_hook(FloatBoxesHook())
-    for hook in (LabelRangeHook(), IterationSeedHook(), ResumeHook(), FiniteHook(), StopHook(),
+    for hook in (LabelRangeHook(), NamedSamplesHook(), IterationSeedHook(), ResumeHook(), FiniteHook(), StopHook(),
                  StrictLoadingHook() if cfg.get('resume') else PartialLoadingHook()):
         runner.register_hook(hook)
     train(runner)
@@ -156,13 +157,11 @@ def make_resumable(cfg):
 def train(runner):
     """Train; what ends it early says where the next run goes on."""
     try:
-        runner.train()
+        with sample_errors(runner):
+            runner.train()
     except TrainingStopped as stop:
         runner.logger.info(str(stop))
         sys.exit(STOPPED_STATUS)
-    except SampleError as error:
-        runner.logger.error(error.details, exc_info=True)
-        raise
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -174,12 +173,6 @@ def train(runner):
         raise UsageError(f'resume: {one_line(error)}. optim_wrapper.constructor and paramwise_cfg, from which groups '
                          'come, have to be those of the run before; or begin a run from its weights: without '
                          '--resume, with --cfg-options load_from=CHECKPOINT, in another --work-dir') from None
-    except RuntimeError as error:
-        loader = getattr(runner._train_loop, 'dataloader', None)  # none before it is built
-        explained = explain_dead_worker(error, loader.dataset) if loader is not None else None
-        if explained is None:
-            raise
-        raise explained from error
 
 
 if __name__ == '__main__':

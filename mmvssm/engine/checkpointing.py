@@ -72,8 +72,14 @@ def newest_checkpoint(folder):
     found = named and (named if '://' in named else _in(folder, named))
     if found:
         return found
+    files = checkpoints_by_date(folder)
+    return files[-1] if files else named or None
+
+
+def checkpoints_by_date(folder):
+    """The checkpoints in a work dir that training can go on from, the newest last."""
     files = [file for kind in ('epoch', 'iter', _STOP) for file in Path(folder).glob(f'{kind}_*.pth')]
-    return str(max(files, key=os.path.getmtime)) if files else named or None
+    return [str(file) for file in sorted(files, key=os.path.getmtime)]
 
 
 def stopped_checkpoint(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmvssm.models.layers.checkpoint import read_checkpoint
 
-from .checkpointing import STOPPED, newest_checkpoint, stopped_checkpoint
+from .checkpointing import STOPPED, checkpoints_by_date, newest_checkpoint, stopped_checkpoint
 from .config import UsageError, as_list, one_line, type_name
 from .dataset_config import class_names, dataset_class, few, file_sizes, leaf_datasets
 from .imagefolder_check import check_image_folder
@@ -87,10 +87,16 @@ def check_load_from(cfg, resumed):
     path = resumed or cfg.get('load_from')
     if path is None:
         return
-    checkpoint = check_checkpoint(path, 'checkpoint')
+    others = [file for file in checkpoints_by_date(cfg.work_dir) if resumed and not _same_file(file, path)]
+    hint = f'--resume {others[-1]} goes on from another that is there' if others else ''
+    checkpoint = check_checkpoint(path, 'checkpoint', hint)
     if resumed and checkpoint is not None and 'optimizer' not in checkpoint:
         raise UsageError(f'--resume: {path} holds weights but no optimizer; start from them with '
                          '--cfg-options load_from=FILE')
+
+
+def _same_file(first, second):
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def check_checkpoint(path, what, hint=''):

@@ -4,28 +4,19 @@ Samples are augmented with the random numbers of their place in the data, and ea
 the model. So it makes no difference whether a run was interrupted, how many workers load its data, or what validation
 drew: nothing of it has to be saved.
 """
-import functools
-import os
 import random
-import re
-import signal
-import threading
 
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import Sampler
 
-from .config import TrainingError, one_line
+from .samples import NamedItems
 
 #: What keys begin with, so that samples and iterations never have the same.
 _SAMPLE, _ITERATION = 0, 1
-#: Workers of one loader, at most, whose samples are known when they die.
-_MOST_WORKERS = 256
-#: Seconds after which a worker looks whether its parent is still there.
-_LOOK_FOR_PARENT = 5
 
 
 def seed_generators(*key):
@@ -70,11 +61,11 @@ class SeededSampler(Sampler):
     """Another sampler, whose samples are loaded with random numbers of their own.
 
     Those depend on the seed, the epoch and the place among the samples of all ranks; not on the worker that loads a
-    sample, nor on what was loaded before. A sample that cannot be loaded raises a :class:`SampleError` with its file.
+    sample, nor on what was loaded before.
 
     Args:
         sampler (dict): Config of the sampler.
-        dataset (Dataset): What it samples; loads by :class:`_SeededItems` from now on.
+        dataset (Dataset): What it samples; loads by :class:`~mmvssm.engine.samples.NamedItems` from now on.
         seed (int, optional): Defaults to a random one that all ranks share.
     """
 
@@ -83,8 +74,7 @@ class SeededSampler(Sampler):
         self.sampler = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=dataset, seed=self.seed))
         self.dataset = dataset
         self.first = 0
-        dataset.__getitems__ = _SeededItems(dataset)
-        _fork_without_sigterm()
+        dataset.__getitems__ = _SeededItems(dataset, 'training data')
 
     def __iter__(self):
         rank, ranks = get_dist_info()
@@ -120,130 +110,10 @@ class SeededSampler(Sampler):
         return skip
 
 
-class _SeededItems:
-    """A dataset's ``__getitems__``, which loaders call with the indices of a batch.
+class _SeededItems(NamedItems):
 
-    In workers it notes what is being loaded, for :func:`explain_dead_worker`.
-    """
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-        #: The process and the sample of each worker.
-        self.loading = torch.zeros(_MOST_WORKERS, 2, dtype=torch.int64).share_memory_()
-        self.ready = False
-
-    def __call__(self, indices):
-        worker = get_worker_info()
-        if worker is not None and not self.ready:
-            self.ready = True
-            _heed_parent_only()
-        return [self._load(index, worker) for index in indices]
-
-    def _load(self, index, worker):
-        if isinstance(index, _Place):
-            if worker is not None and worker.id < _MOST_WORKERS:
-                self.loading[worker.id] = torch.tensor([os.getpid(), int(index)])
-            seed_generators(_SAMPLE, *index.key)
-            index = int(index)
-        try:
-            return self.dataset[index]
-        except Exception as error:
-            raise SampleError(f'training data: sample {index}, {file_of(self.dataset, index)}: '
-                              f'{one_line(error)}') from error
-
-
-class SampleError(TrainingError):
-    """A sample cannot be loaded; its message is one line.
-
-    From a worker it comes with the worker's traceback, which is kept in ``details``.
-    """
-
-    def __init__(self, message):
-        self.details = message
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f'{__name__}.{type(self).__name__}: '))
-
-
-def file_of(dataset, index):
-    """The image of a sample as far as the dataset tells."""
-    try:
-        info = dataset.get_data_info(index)
-        return os.path.abspath(info.get('img_path') or info['seg_map_path'])
-    except Exception:
-        return f'of which {type(dataset).__name__} names no file'
-
-
-def explain_dead_worker(error, dataset):
-    """A :class:`~mmvssm.engine.config.TrainingError` that says what a worker was loading when it died, or None.
-
-    Args:
-        error (RuntimeError): What a loader raised.
-        dataset (Dataset): What it loads from.
-    """
-    # The cause tells the signal, where that came while the loader waited.
-    message = one_line(error.__cause__ if 'DataLoader worker' in str(error.__cause__) else error)
-    items = getattr(dataset, '__getitems__', None)
-    if 'DataLoader worker' not in message or not isinstance(items, _SeededItems):
-        return None
-    dead = {int(number) for number in re.findall(r'\d+', message)}
-    files = [f'sample {index}, {file_of(dataset, index)}' for process, index in items.loading.tolist()
-             if process and process in dead]
-    loading = f'training data: {message} It was loading {" and ".join(files)}.' if files else message
-    loader = 'train_dataloader' if files else 'train_dataloader, val_dataloader'
-    return TrainingError(f'{loading} Often memory is short (fewer workers: num_workers of {loader}) or /dev/shm is')
-
-
-@functools.cache
-def _fork_without_sigterm():
-    """Let threads of a forked process that were there before :func:`_heed_parent_only` leave SIGTERM to it.
-
-    PyTorch starts some in the moment of the fork, if this process has set its number of threads. A signal to the
-    process goes to any thread that does not block it.
-    """
-    if not hasattr(signal, 'sigtimedwait'):
-        return
-    thread = threading.local()
-
-    def block():
-        thread.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def restore():
-        signal.pthread_sigmask(signal.SIG_SETMASK, thread.mask)
-
-    # In the child after what PyTorch has registered before.
-    os.register_at_fork(before=block, after_in_parent=restore, after_in_child=restore)
-
-
-def _heed_parent_only():
-    """Let this process end by SIGTERM only where its parent sent that.
-
-    Slurm sends the signal to all processes of a job, and training needs its workers until it has stopped.
-    """
-    if not hasattr(signal, 'sigtimedwait'):
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def wait():
-        told_by = None
-        # Where the parent was killed nobody else ends this process, should it hang.
-        while told_by not in (parent, os.getpid()) and os.getppid() == parent:
-            told = signal.sigtimedwait({signal.SIGTERM}, _LOOK_FOR_PARENT)
-            told_by = told and told.si_pid
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def heed_parent_only(loader):
-    """Let the workers that ``loader`` will start end by SIGTERM only where this process sent that.
-
-    Those of a :class:`SeededSampler`'s loader do so anyway.
-    """
-    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
-    _fork_without_sigterm()
-
-
-def _start_worker(init, number):
-    _heed_parent_only()
-    if init is not None:
-        init(number)
+    def load(self, index):
+        if not isinstance(index, _Place):
+            return super().load(index)
+        seed_generators(_SAMPLE, *index.key)
+        return super().load(int(index))

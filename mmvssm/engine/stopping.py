@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from .checkpointing import SafeCheckpointHook
 from .config import TrainingError
-from .seeding import SeededSampler, heed_parent_only
+from .samples import reset_sigterm_in_forks
+from .seeding import SeededSampler
 
 #: Exit status of a run that was stopped by SIGTERM and can go on: 128 and the signal's number.
 STOPPED_STATUS = 128 + signal.SIGTERM
@@ -42,10 +43,8 @@ class StopHook(Hook):
         self.group = self.asked = None
 
     def before_train(self, runner):
-        loader = getattr(runner.val_loop, 'dataloader', None)
-        if loader is not None:
-            heed_parent_only(loader)  # validation is finished before training stops
         if threading.current_thread() is threading.main_thread():
+            reset_sigterm_in_forks()
             self.before = signal.signal(signal.SIGTERM, self._tell)
         if get_dist_info()[1] > 1:
             limit = runner.cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')

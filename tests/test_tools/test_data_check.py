@@ -1,5 +1,6 @@
 """Checks of the data and checkpoints that a config names, before anything is built."""
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from tool_testing import TINY, load_tool, make_coco
 
 from mmvssm.engine.config import UsageError, load_config
-from mmvssm.engine.data_check import check_checkpoint, check_data
+from mmvssm.engine.data_check import check_checkpoint, check_data, check_load_from
 
 train = load_tool('train')
 
@@ -163,6 +164,18 @@ class TestCheckpointCheck:
         path.write_bytes(path.read_bytes()[:2000])
         with pytest.raises(UsageError, match=rf'^my file {path} \(2000 bytes\) cannot be read: .*; try X$'):
             check_checkpoint(str(path), 'my file', 'try X')
+
+    def test_truncated_where_another_is(self, tmp_path):
+        for name in ('iter_2.pth', 'iter_4.pth'):
+            (tmp_path / name).touch()
+        os.utime(tmp_path / 'iter_2.pth', (1, 1))
+        cfg = Config(dict(work_dir=str(tmp_path)))
+        with pytest.raises(UsageError, match=rf'cannot be read: .*; --resume {tmp_path}/iter_2.pth goes on'):
+            check_load_from(cfg, str(tmp_path / 'iter_4.pth'))
+        (tmp_path / 'iter_2.pth').unlink()
+        with pytest.raises(UsageError, match=r'cannot be read: .*[^-]*$') as caught:
+            check_load_from(cfg, str(tmp_path / 'iter_4.pth'))
+        assert '--resume' not in str(caught.value)
 
     @pytest.mark.parametrize('content', [b'', b'abc', b'\x80\x02}', b'\x80\x04\x95'])
     def test_damaged(self, tmp_path, content):

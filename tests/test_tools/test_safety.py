@@ -357,14 +357,15 @@ def test_sigterm(moment, case):
     assert differing(case.end('whole'), case.end(work_dir.name)) == []
 
 
-def test_broken_image(tmp_path):
+@pytest.mark.parametrize('split, name', [('train', 'training data'), ('val', 'validation data')])
+def test_broken_image(tmp_path, split, name):
     """One line with its name; the traceback is in the log."""
     case = Case(tmp_path, 'det', 'SpatialMamba')
-    for path in (tmp_path / 'data' / 'train').iterdir():
+    for path in (tmp_path / 'data' / split).iterdir():
         path.write_bytes(b'no picture')
     with pytest.raises(SystemExit) as caught:
-        case.train('run')
-    assert re.fullmatch(f'error: training data: sample [0-9]+, {tmp_path}/data/train/[0-9]+.png: .*', caught.value.code)
+        case.train('run', options=['train_cfg.val_interval=1'])
+    assert re.fullmatch(f'error: {name}: sample [0-9]+, {tmp_path}/data/{split}/[0-9]+.png: .*', caught.value.code)
     assert 'Traceback' in run_log(tmp_path / 'run')
 
 
