@@ -22,8 +22,8 @@ _LOOK_FOR_PARENT = 5
 class NamedItems:
     """A dataset's ``__getitems__``, which loaders call with the indices of a batch.
 
-    A sample that cannot be loaded raises a :class:`SampleError` with its file. In workers it notes what is being loaded,
-    for :func:`explain_dead_worker`.
+    A sample that cannot be loaded raises a :class:`SampleError` with its file. In workers it notes what is being
+    loaded, for :func:`explain_dead_worker`.
 
     Args:
         dataset (Dataset): What it loads from.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmvssm.engine.checkpointing import newest_checkpoint, stopped_checkpoint
 from mmvssm.engine.config import TrainingError
-from mmvssm.engine.samples import SampleError, explain_dead_worker
+from mmvssm.engine.samples import NamedSamplesHook, SampleError, explain_dead_worker
 from mmvssm.engine.seeding import IterationSeedHook, SeededSampler, _Place, seed_generators
 from mmvssm.engine.stopping import ResumeHook, StopHook, TrainingStopped
 from mmvssm.models.layers.checkpoint import read_checkpoint
@@ -472,12 +473,15 @@ def test_workers_heed_their_parent_only():
     assert done.returncode == 0, done.stderr
 
 
-def test_dead_worker_of_another_loader():
-    """As one of validation: nothing is said of training data."""
-    dataset = Broken(die)
-    SeededSampler(dict(type='DefaultSampler'), dataset, seed=0)
-    explained = explain_dead_worker(RuntimeError('DataLoader worker (pid 5) exited'), dataset)
-    assert str(explained).startswith('RuntimeError: DataLoader worker (pid 5) exited Often memory')
+@pytest.mark.parametrize('pid, said', [
+    (5, ' It was loading validation data: sample 3, {}/images/3.jpg. Often'), (6, ' Often')], ids=['known', 'unknown'])
+def test_which_loader_a_dead_worker_is_of(pid, said):
+    training, validation = Broken(die), Broken(die)
+    SeededSampler(dict(type='DefaultSampler'), training, seed=0)
+    NamedSamplesHook().before_train(SimpleNamespace(val_loop=SimpleNamespace(dataloader=DataLoader(validation))))
+    validation.__getitems__.loading[0] = torch.tensor([5, 3])
+    explained = explain_dead_worker(RuntimeError(f'DataLoader worker (pid {pid}) exited'), training, validation)
+    assert str(explained).startswith(f'RuntimeError: DataLoader worker (pid {pid}) exited' + said.format(os.getcwd()))
 
 
 def test_other_errors_are_not_explained():

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from mmengine.config import Config
-from tool_testing import load_tool, run_log
+from tool_testing import load_tool, make_coco, run_log
 
 from mmvssm.engine.config import UsageError
 
@@ -14,9 +14,9 @@ test = load_tool('test')
 
 class TestTest:
 
-    def evaluate(self, trained, work_dir, *options):
+    def evaluate(self, trained, work_dir, *options, data=None):
         test.main([str(trained / 'config.py'), str(trained / 'run' / 'epoch_1.pth'), '--work-dir',
-                   str(work_dir), *options, '--cfg-options', f'data_root={trained / "coco"}'])
+                   str(work_dir), *options, '--cfg-options', f'data_root={data or trained / "coco"}'])
 
     def test_out_and_show_dir(self, trained, tmp_path):
         out, show_dir = tmp_path / 'new' / 'predictions.pkl', tmp_path / 'drawn'
@@ -27,6 +27,14 @@ class TestTest:
         assert len(list(show_dir.glob('*.jpg'))) == 2
         metrics = json.loads(next(tmp_path.glob('*/*.json')).read_text())
         assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(metrics)
+
+    def test_broken_image(self, trained, tmp_path):
+        make_coco(tmp_path / 'coco')
+        path = tmp_path / 'coco' / 'val2017' / '000000000002.jpg'
+        path.write_bytes(b'no picture')
+        with pytest.raises(SystemExit, match=f'^error: test data: sample 1, {path}: '):
+            self.evaluate(trained, tmp_path, data=tmp_path / 'coco')
+        assert 'Traceback' in run_log(tmp_path)
 
     def test_tta(self, trained, tmp_path):
         self.evaluate(trained, tmp_path, '--tta')
