@@ -39,6 +39,17 @@ def why_not_loaded_cuda():
 
 
 @functools.cache
+def _why_not_on(device):
+    """None if the CUDA kernels, loaded, have code that ``device`` runs, else the reason why not."""
+    reason = torch.ops.mmvssm_cuda.why_not(device.index)
+    if not reason:
+        return None
+    capability = '.'.join(map(str, torch.cuda.get_device_capability(device)))
+    return (f'the CUDA kernels were built for other GPUs than this one, of compute capability {capability} ({reason}); '
+            f'reinstall mmvssm with TORCH_CUDA_ARCH_LIST={capability}')
+
+
+@functools.cache
 def _warn_once(reason, instead='CPU tensors run on composed PyTorch operations, slower'):
     warnings.warn(f'mmvssm: {instead}: {reason}', stacklevel=2)
 
@@ -55,7 +66,7 @@ def why_not_cpu(tensor):
 
 def why_not_cuda(tensor):
     """The reason why the CUDA C++ kernels cannot take ``tensor``, or None. Others do where these are not built; that
-    they are and do not load is said once."""
+    they are and cannot run here is said once."""
     if tensor.device.type != 'cuda' or torch.version.hip:
         return f'it runs CUDA tensors, this one is on {tensor.device}'
     if tensor.dtype == torch.float64:
@@ -63,7 +74,7 @@ def why_not_cuda(tensor):
     capability = torch.cuda.get_device_capability(tensor.device)
     if capability < (8, 0):
         return f'it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}'
-    reason = why_not_loaded_cuda()
+    reason = why_not_loaded_cuda() or _why_not_on(tensor.device)
     if reason and _CUDA_LIBRARY.exists() and not requested_backend():
         _warn_once(reason, 'CUDA tensors run on other kernels than those that were built')
     return reason

@@ -159,3 +159,19 @@ def test_cuda_kernels_of_another_pytorch(monkeypatch, tmp_path):
     (tmp_path / '_C_cuda.so').write_bytes(b'no library')
     with pytest.warns(UserWarning, match='other kernels than those that were built: .*built for another PyTorch'):
         extension.why_not_cuda(tensor)
+
+
+@pytest.mark.parametrize('said', ['', 'no kernel image is available'], ids=['this_gpu', 'others'])
+def test_cuda_kernels_for_other_gpus(said, monkeypatch, tmp_path):
+    tensor = SimpleNamespace(device=torch.device('cuda', 0), dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(extension, '_CUDA_LIBRARY', tmp_path)
+    monkeypatch.setattr(extension, 'why_not_loaded_cuda', lambda: None)
+    monkeypatch.setattr(extension, '_why_not_on', extension._why_not_on.__wrapped__)
+    monkeypatch.setattr(torch.ops, 'mmvssm_cuda', SimpleNamespace(why_not=lambda index: said if index == 0 else None))
+    extension._warn_once.cache_clear()
+    if said:
+        with pytest.warns(UserWarning, match='other GPUs than this one.* 9.0 .no kernel image is.*ARCH_LIST=9.0'):
+            assert extension.why_not_cuda(tensor).startswith('the CUDA kernels were built for other GPUs')
+    else:
+        assert extension.why_not_cuda(tensor) is None

@@ -4,6 +4,14 @@
 namespace mmvssm {
 namespace scan {
 
+const char* why_not() {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, scan_forward<float, true, false>);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // else the next launch would report it
+  return cudaGetErrorString(status);
+}
+
 template <typename T>
 Plan forward_plan(const Args<T>& a, int processors) {
   return plan_forward(a, processors);

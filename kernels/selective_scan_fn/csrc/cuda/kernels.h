@@ -7,6 +7,9 @@
 namespace mmvssm {
 namespace scan {
 
+// Why the current device cannot run the kernels, or nullptr: they may have been compiled for others.
+const char* why_not();
+
 template <typename T>
 Plan forward_plan(const Args<T>& a, int processors);
 template <typename T>

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <string>
 
 #include "kernels.h"
 
@@ -187,7 +188,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
   return {grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias};
 }
 
+// See scan::why_not; empty where the device can.
+std::string why_not(int64_t device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  const char* reason = scan::why_not();
+  return reason ? reason : "";
+}
+
 TORCH_LIBRARY_FRAGMENT(mmvssm_cuda, m) {
+  m.def("why_not", why_not);
   m.def("selective_scan_fn", selective_scan_fn);
   m.def("selective_scan_fn_backward", selective_scan_fn_backward);
 }
