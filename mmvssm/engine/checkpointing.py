@@ -3,7 +3,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
@@ -122,7 +122,7 @@ class SafeCheckpointHook(CheckpointHook):
                 unfinished.unlink(missing_ok=True)
 
     def before_save_checkpoint(self, runner, checkpoint):
-        checkpoint['meta'].update(self.counts)
+        checkpoint['meta'].update(self.counts, samples=samples_of(runner))
         buffers = {plain_name(name) for name, _ in runner.model.named_buffers()}
         for name, value in checkpoint['state_dict'].items():
             if name not in buffers and value.is_floating_point() and not value.isfinite().all():
@@ -185,6 +185,13 @@ class SafeCheckpointHook(CheckpointHook):
                 remove(path)
             except OSError as error:
                 runner.logger.warning(f'checkpoint {path} cannot be removed: {one_line(error)}')
+
+
+def samples_of(runner):
+    """What an iteration trains on: processes, and samples of each; None where the loader does not say."""
+    loader = runner.train_dataloader
+    size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None)
+    return size and (get_world_size(), size)
 
 
 def plain_name(name):

@@ -12,7 +12,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
-from .checkpointing import SafeCheckpointHook
+from .checkpointing import SafeCheckpointHook, samples_of
 from .config import TrainingError
 from .samples import reset_sigterm_in_forks
 from .seeding import SeededSampler
@@ -126,6 +126,11 @@ class ResumeHook(Hook):
         if len(set(places)) > 1:
             raise TrainingError('resume: processes start at different places (epoch, iteration), '
                                 f'{sorted(set(places))}; all have to see the same --work-dir')
+        before, now = self.meta.get('samples'), samples_of(runner)
+        if runner.iter and before and now and tuple(before) != now:
+            runner.logger.warning(
+                'resume: iterations were of {} x {} samples (processes x batch_size) before, and are of {} x {} now; '
+                'the learning rate and its schedule are not adapted'.format(*before, *now))
         loader, loop, done = runner.train_dataloader, runner.train_loop, self.meta.get('batches_done', 0)
         batches = len(loader)
         for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):

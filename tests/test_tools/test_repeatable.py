@@ -341,6 +341,19 @@ class TestResumed:
         run_net(tmp_path / 'run', by_epoch=True, start=path)
         assert 'saved after 2 of 5 batches of an epoch, which has 6 now' in run_log(tmp_path / 'run')
 
+    @pytest.mark.parametrize('before, said', [((1, 2), ''), ((2, 2), 'of 2 x 2 samples .* of 1 x 2 now')],
+                             ids=['same', 'other'])
+    def test_other_number_of_processes(self, tmp_path, before, said):
+        run_net(tmp_path / 'whole')
+        path = tmp_path / 'whole' / 'iter_6.pth'
+        checkpoint = torch.load(path, weights_only=False)
+        assert checkpoint['meta']['samples'] == (1, 2)
+        checkpoint['meta']['samples'] = before
+        torch.save(checkpoint, path)
+        run_net(tmp_path / 'run', start=str(path))
+        found = re.search('resume: iterations were .*', run_log(tmp_path / 'run'))
+        assert re.search(said, found[0]) if said else not found
+
     def test_loop_that_draws_what_it_passes_over(self, tmp_path, monkeypatch):
         """As the original MMEngine resumes."""
         whole = run_net(tmp_path / 'whole')
