@@ -41,6 +41,8 @@ def why_not_loaded_cuda():
 @functools.cache
 def _why_not_on(device):
     """None if the CUDA kernels, loaded, have code that ``device`` runs, else the reason why not."""
+    if not hasattr(torch.ops.mmvssm_cuda, 'why_not'):
+        return 'the CUDA kernels were built from older sources; reinstall mmvssm'
     reason = torch.ops.mmvssm_cuda.why_not(device.index)
     if not reason:
         return None

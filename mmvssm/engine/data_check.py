@@ -87,12 +87,24 @@ def check_load_from(cfg, resumed):
     path = resumed or cfg.get('load_from')
     if path is None:
         return
-    others = [file for file in checkpoints_by_date(cfg.work_dir) if resumed and not _same_file(file, path)]
-    hint = f'--resume {others[-1]} goes on from another that is there' if others else ''
-    checkpoint = check_checkpoint(path, 'checkpoint', hint)
+    try:
+        checkpoint = check_checkpoint(path, 'checkpoint')
+    except UsageError as error:
+        others = [file for file in checkpoints_by_date(cfg.work_dir) if resumed and not _same_file(file, path)]
+        whole = next(filter(_is_whole, reversed(others)), None)
+        if whole is None:
+            raise
+        raise UsageError(f'{error}; --resume {whole} goes on from another that is there') from None
     if resumed and checkpoint is not None and 'optimizer' not in checkpoint:
         raise UsageError(f'--resume: {path} holds weights but no optimizer; start from them with '
                          '--cfg-options load_from=FILE')
+
+
+def _is_whole(path):
+    try:
+        return check_checkpoint(path, 'checkpoint') is not None
+    except UsageError:
+        return False
 
 
 def _same_file(first, second):

@@ -1,10 +1,12 @@
 """Loading samples: errors name the file, and workers end by SIGTERM only where their parent sent that."""
 import contextlib
 import functools
+import multiprocessing
 import os
 import re
 import signal
 import threading
+from multiprocessing.util import register_after_fork
 
 import numpy as np
 import torch
@@ -34,24 +36,27 @@ class NamedItems:
         self.dataset, self.name = dataset, name
         #: The process and the sample of each worker.
         self.loading = torch.zeros(_MOST_WORKERS, 2, dtype=torch.int64).share_memory_()
-        self.ready = False
         reset_sigterm_in_forks()
+        heed_parent_in_workers()
 
     def __call__(self, indices):
         worker = get_worker_info()
-        if worker is not None and not self.ready:
-            self.ready = True
-            heed_parent_only()
+        if worker is not None:  # where it was not forked, nothing has said so yet
+            heed_parent_only(os.getppid())
         return [self._named(index, worker) for index in indices]
 
     def _named(self, index, worker):
-        if worker is not None and worker.id < _MOST_WORKERS and isinstance(index, (int, np.integer)):
+        noted = worker is not None and worker.id < _MOST_WORKERS and isinstance(index, (int, np.integer))
+        if noted:
             self.loading[worker.id] = torch.tensor([os.getpid(), int(index)])
         try:
             return self.load(index)
         except Exception as error:
             file = file_of(self.dataset, index)
             raise SampleError(f'{self.name}: sample {index}, {file}: {one_line(error)}') from error
+        finally:
+            if noted:
+                self.loading[worker.id] = 0
 
     def load(self, index):
         return self.dataset[index]
@@ -86,10 +91,12 @@ class SampleError(TrainingError):
 
 
 def file_of(dataset, index):
-    """The image of a sample as far as the dataset tells."""
+    """The image of a sample, and its label map, as far as the dataset tells."""
     try:
         info = dataset.get_data_info(index)
-        return os.path.abspath(info.get('img_path') or info['seg_map_path'])
+        paths = [path if '://' in path else os.path.abspath(path)
+                 for path in (info.get('img_path'), info.get('seg_map_path')) if path]
+        return paths[0] + ''.join(f' (label map {path})' for path in paths[1:])
     except Exception:
         return f'of which {type(dataset).__name__} names no file'
 
@@ -127,7 +134,7 @@ def explain_dead_worker(error, *datasets):
              if isinstance(items, NamedItems)]
     files = [f'{items.name}: sample {index}, {file_of(items.dataset, index)}' for items in named
              for process, index in items.loading.tolist() if process and process in dead]
-    loading = f' It was loading {" and ".join(files)}.' if files else ''
+    loading = f'. It was loading {" and ".join(files)}.' if files else '.'
     return TrainingError(f'{message}{loading} Often memory is short (fewer workers: num_workers of train_dataloader, '
                          'val_dataloader, test_dataloader) or /dev/shm is')
 
@@ -161,8 +168,21 @@ def reset_sigterm_in_forks():
     os.register_at_fork(before=block, after_in_parent=restore, after_in_child=restore_in_child)
 
 
-def heed_parent_only():
-    """Let this process end by SIGTERM only where its parent sent that.
+@functools.cache
+def heed_parent_in_workers():
+    """Let processes that Python's multiprocessing forks from now on, workers of loaders and pools, call
+    :func:`heed_parent_only` before all else.
+
+    PyTorch's own look for the parent begins later, and with whom it finds there: where the parent was killed in
+    between, a worker would stay for ever. A pool would wait for ever for what a worker had that another signal ended.
+    """
+    register_after_fork(heed_parent_only, lambda heed: heed(multiprocessing.parent_process().pid))
+
+
+@functools.cache
+def heed_parent_only(above):
+    """Let this worker end by SIGTERM only where the process that uses it sent that, or when the process ``above`` it is
+    gone.
 
     Slurm sends the signal to all processes of a job, and training needs its workers until it has stopped, after the
     iteration or the validation at hand.
@@ -170,12 +190,12 @@ def heed_parent_only():
     if not hasattr(signal, 'sigtimedwait'):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid
 
     def wait():
         told_by = None
         # Where the parent was killed nobody else ends this process, should it hang.
-        while told_by not in (parent, os.getpid()) and os.getppid() == parent:
+        while told_by not in (parent, os.getpid()) and os.getppid() == above:
             told = signal.sigtimedwait({signal.SIGTERM}, _LOOK_FOR_PARENT)
             told_by = told and told.si_pid
         os._exit(0)

@@ -165,16 +165,21 @@ class TestCheckpointCheck:
         with pytest.raises(UsageError, match=rf'^my file {path} \(2000 bytes\) cannot be read: .*; try X$'):
             check_checkpoint(str(path), 'my file', 'try X')
 
-    def test_truncated_where_another_is(self, tmp_path):
-        for name in ('iter_2.pth', 'iter_4.pth'):
-            (tmp_path / name).touch()
-        os.utime(tmp_path / 'iter_2.pth', (1, 1))
+    def test_truncated_where_others_are(self, tmp_path):
+        """The newest of those that can be read is named."""
+        paths = [tmp_path / f'iter_{i}.pth' for i in range(4)]
+        for i, path in enumerate(paths):
+            torch.save(dict(state_dict={}, optimizer={}), path)
+            if i >= 2:
+                path.write_bytes(b'')
+            os.utime(path, (i, i))
         cfg = Config(dict(work_dir=str(tmp_path)))
-        with pytest.raises(UsageError, match=rf'cannot be read: .*; --resume {tmp_path}/iter_2.pth goes on'):
-            check_load_from(cfg, str(tmp_path / 'iter_4.pth'))
-        (tmp_path / 'iter_2.pth').unlink()
-        with pytest.raises(UsageError, match=r'cannot be read: .*[^-]*$') as caught:
-            check_load_from(cfg, str(tmp_path / 'iter_4.pth'))
+        with pytest.raises(UsageError, match=rf'iter_3.pth .*cannot be read: .*; --resume {paths[1]} goes on'):
+            check_load_from(cfg, str(paths[3]))
+        for path in paths[:2]:
+            path.unlink()
+        with pytest.raises(UsageError, match='cannot be read') as caught:
+            check_load_from(cfg, str(paths[3]))
         assert '--resume' not in str(caught.value)
 
     @pytest.mark.parametrize('content', [b'', b'abc', b'\x80\x02}', b'\x80\x04\x95'])

@@ -295,22 +295,28 @@ class TestResumed:
         halfway = str(tmp_path / 'whole' / ('epoch_1.pth' if by_epoch else 'iter_6.pth'))
         assert torch.equal(run_net(tmp_path / 'resumed', by_epoch, halfway, seed=None), whole)
 
-    def test_forked_processes_end_when_told(self, tmp_path, monkeypatch):
-        """Those of a pool, which its end tells by SIGTERM, and waits."""
+    def test_forked_processes_heed_their_parent(self, tmp_path, monkeypatch):
+        """Those of a pool, which its end tells by SIGTERM, and waits; as it does where another ended one at work."""
         seen = []
 
         def after_train_iter(hook, runner, batch_idx, **kwargs):
-            process = multiprocessing.get_context('fork').Process(target=wait_to_be_ended)
+            context = multiprocessing.get_context('fork')
+            ready = context.Event()
+            process = context.Process(target=wait_to_be_ended, args=(ready,))
             process.start()
+            assert ready.wait(60)
+            subprocess.run(['kill', '-TERM', str(process.pid)], check=True)
+            process.join(1)
+            seen.append(process.is_alive())
             process.terminate()
             process.join(60)
-            seen.append(process.exitcode)
+            seen.append(process.is_alive())
             process.kill()
 
         monkeypatch.setattr(IterationSeedHook, 'after_train_iter', after_train_iter)
         with pytest.raises(TrainingStopped):
             run_net(tmp_path / 'run', stop_after=1)
-        assert seen == [-signal.SIGTERM]
+        assert seen == [True, False]
 
     def test_told_in_the_last_iteration(self, tmp_path):
         """There is nothing left to go on with."""
@@ -435,10 +441,9 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wait_to_be_ended():
-    """Unless that takes the interpreter, which would not always get to it."""
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        time.sleep(300)
+def wait_to_be_ended(ready):
+    ready.set()
+    time.sleep(300)
 
 
 def end_by_another():
@@ -487,7 +492,8 @@ def test_workers_heed_their_parent_only():
 
 
 @pytest.mark.parametrize('pid, said', [
-    (5, ' It was loading validation data: sample 3, {}/images/3.jpg. Often'), (6, ' Often')], ids=['known', 'unknown'])
+    (5, '. It was loading validation data: sample 3, {}/images/3.jpg. Often'),
+    (6, '. Often')], ids=['known', 'unknown'])
 def test_which_loader_a_dead_worker_is_of(pid, said):
     training, validation = Broken(die), Broken(die)
     SeededSampler(dict(type='DefaultSampler'), training, seed=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_and_resume import survive
+from kill_and_resume import survive, wait_for_all
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend, register_backend
@@ -367,6 +367,18 @@ def test_broken_image(tmp_path, split, name):
         case.train('run', options=['train_cfg.val_interval=1'])
     assert re.fullmatch(f'error: {name}: sample [0-9]+, {tmp_path}/data/{split}/[0-9]+.png: .*', caught.value.code)
     assert 'Traceback' in run_log(tmp_path / 'run')
+
+
+def test_killed_while_a_worker_starts():
+    """Before it looks for its parent, which PyTorch would then never miss."""
+    code = (f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_repeatable import *; '
+            'os.register_at_fork(after_in_child=lambda: time.sleep(2)); from mmvssm.engine.samples import NamedItems; '
+            'data = Numbers(); data.__getitems__ = NamedItems(data, "data"); '
+            'loading = iter(DataLoader(data, num_workers=1)); '
+            'os.kill(os.getpid(), signal.SIGKILL)')
+    process = subprocess.Popen([sys.executable, '-c', code], start_new_session=True)
+    assert process.wait() == -signal.SIGKILL
+    wait_for_all([process.pid])
 
 
 def test_killed(tmp_path):

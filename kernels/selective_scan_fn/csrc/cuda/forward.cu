@@ -8,6 +8,9 @@ const char* why_not() {
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, scan_forward<float, true, false>);
   if (status == cudaSuccess) return nullptr;
+  const bool of_code = status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+                       status == cudaErrorInvalidKernelImage || status == cudaErrorUnsupportedPtxVersion;
+  if (!of_code) return nullptr;  // some other error, which the launch reports
   cudaGetLastError();  // else the next launch would report it
   return cudaGetErrorString(status);
 }
