@@ -97,7 +97,7 @@ def file_of(dataset, index):
         paths = [path if '://' in path else os.path.abspath(path)
                  for path in (info.get('img_path'), info.get('seg_map_path')) if path]
         return paths[0] + ''.join(f' (label map {path})' for path in paths[1:])
-    except Exception:
+    except Exception:  # of anybody's dataset; that there is no name must not hide the error it is for
         return f'of which {type(dataset).__name__} names no file'
 
 
