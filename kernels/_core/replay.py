@@ -29,6 +29,7 @@ _OPERATIONS = {
     _aten.gelu.default: lambda out, x: torch._C._nn.gelu(x, out=out),
     _aten._to_copy.default: lambda out, x: out.copy_(x),
     _aten.add_.Tensor: lambda _, x, other: x.add_(other),
+    _aten.zero_.default: lambda _, x: x.zero_(),
     _aten._foreach_copy_.default: lambda *both: torch._foreach_copy_(both[:len(both) // 2], both[len(both) // 2:]),
 }
 #: Those that make memory and write none.

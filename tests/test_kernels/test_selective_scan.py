@@ -217,12 +217,16 @@ def test_cut_as_for_larger_sizes(monkeypatch, case, settings, steps, segments, e
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
-@pytest.mark.parametrize('case', ['length_1-skip', 'K2', 'K2-order_KL', 'rank_24', 'half', 'rank_70-order'])
-def test_directions_in_turn_as_for_many_images(monkeypatch, case, dtype, device):
+@pytest.mark.parametrize('case', ['length_1-skip', 'K2', 'K2-order_KL', 'rank_24', 'half', 'rank_70-order',
+                                  'K4-order_BKL', 'segments-K2'])
+def test_directions_in_turn_as_of_large_maps(monkeypatch, case, dtype, device):
     call = Call('selective_scan', case, 'triton', device)
-    blocks, forward = (room('selective_scan', f'triton.{part}') for part in ('blocks', 'forward'))
-    monkeypatch.setattr(blocks, '_WARPS_FOR_TURNS', 1)
-    monkeypatch.setattr(forward, 'add_directions', lambda *_: pytest.fail('the directions were not taken in turn'))
+    blocks, backward = (room('selective_scan', f'triton.{part}') for part in ('blocks', 'backward'))
+    monkeypatch.setattr(blocks, '_FEW_BYTES', 0)
+    monkeypatch.setattr(backward, '_WARPS_IN_TURN', 1)  # so that there is more than one group of programs
+    for part in ('forward', 'backward'):
+        monkeypatch.setattr(room('selective_scan', f'triton.{part}'), 'add_directions',
+                            lambda *_: pytest.fail('the directions were not taken in turn'))
     call.check(call.evaluate(call.inputs(dtype)), call.expected(call.inputs(dtype)))
 
 

@@ -11,6 +11,7 @@ from .blocks import (
     Launch,
     add_directions,
     ask_now,
+    assignment,
     both_ways,
     fours,
     inside_of,
@@ -22,6 +23,7 @@ from .blocks import (
     prefetch,
     row_at,
     state_before,
+    store_steps,
     through_groups,
     widen,
 )
@@ -44,6 +46,9 @@ from .projection import (
 
 #: Warps of a program. A block of tokens is a chunk.
 _WARPS = 4
+#: So many warps, more than a GPU has at once, begin with a direction before any begins with the next one: what that
+#: adds to may still be in the cache, and nobody has to wait for it.
+_WARPS_IN_TURN = 2048
 #: Programs' sums that one step of a finishing kernel adds, and values that one of its programs finishes.
 _ROWS, _VALUES = 32, 64
 
@@ -74,24 +79,57 @@ def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr
 
 
 @triton.jit
+def _take_ticket(turns, group, K: tl.constexpr):
+    """Which of a direction's programs this is, and the direction.
+
+    It waits with ``_wait_for_turn`` for the program of its number in the direction before, and ends with ``_end_turn``.
+    Programs are numbered as they start, so that nobody waits for one that has not started; of ``group`` programs all
+    directions start before the next ones. ``turns``, int32: how many have started, and by number of program how many
+    directions have ended.
+    """
+    ticket = tl.atomic_add(turns, 1, sem='relaxed')
+    first = ticket // (group * K) * group
+    each = tl.minimum(tl.num_programs(0) // K - first, group)
+    return first + (ticket - first * K) % each, (ticket - first * K) // each
+
+
+@triton.jit
+def _wait_for_turn(turns, program, k):
+    """Until the direction before ``k`` has ended, and what it wrote can be read. See ``_take_ticket``."""
+    while tl.atomic_cas(turns + 1 + program, k, k, sem='acquire') != k:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _end_turn(turns, program, k):
+    """The program of the next direction may go on. See ``_take_ticket``."""
+    tl.debug_barrier()
+    tl.atomic_xchg(turns + 1 + program, k + 1, sem='release')
+
+
+@triton.jit
 def _widen(low, grads, cs, us, bs, rows, PAIRS: tl.constexpr):
     return low if PAIRS else widen(low), widen(grads), cs, widen(us), bs, rows
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps, grad_x, grad_delta, token_sums, sums,
-                   L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row,
+@triton.jit(do_not_specialize=[*RUNTIME, 'group'])
+def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps, sums_x, grad_x, grad_delta,
+                   token_sums, sums, turns, group, turn, L, chunks, segs, each, dt_image, B_image, C_image,
+                   order_image, order_row,
                    D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr,
                    DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
                    C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
                    PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
                    CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr,
-                   LOG: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
+                   LOG: tl.constexpr, AT_ONCE: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr):
     """As ``_scan``, in reverse; a program takes all states in turn, with ``MAPS`` one. Blocks of tokens are chunks.
 
-    Layouts: grad (batch, L, N or 1, D), dense; grad_x (batch, K, L, D); grad_delta, where the states' shares add up,
-    the same, fp32; token_sums (blocks of channels, batch, K, L, R + N + N), the last N with ``OUTPUT`` only;
-    sums (batch, segs, K, R + 1 + N + 1, D), the last with ``SKIP`` only.
+    ``turn``, ``AT_ONCE``, ``sums_x``, ``grad_x``: as ``turn``, ``AT_ONCE``, ``sums`` and ``y`` of ``_scan``; but of all
+    directions in turn each has programs of its own, which wait, see ``_take_ticket`` for ``turns`` and ``group``.
+    Layouts: grad (batch, L, N or 1, D), dense; grad_x and sums_x (batch, L, D) or (batch, K, L, D); grad_delta, where
+    the states' shares add up, as sums_x, fp32; token_sums (batch, K, blocks of channels, L, R + N + N), the last N with
+    ``OUTPUT`` only; sums (batch, segs, K, R + 1 + N + 1, D), the last with ``SKIP`` only.
     """
     BLOCKS: tl.constexpr = (D + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)
     NS: tl.constexpr = N if MAPS else 1
@@ -99,16 +137,14 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     SUMS: tl.constexpr = R + 1 + N + (1 if SKIP else 0)
     GRAD_ROW: tl.constexpr = D if OUTPUT else N * D
     WIDTH: tl.constexpr = max(8, RANKS)
-    pid = tl.program_id(0)
-    block = pid % BLOCKS
+    APART: tl.constexpr = K > 1 and AT_ONCE == K
+    ADDS: tl.constexpr = (N > 1 or K > 1 and not APART) and not MAPS
+    program = tl.program_id(0)
+    if AT_ONCE == 0:
+        program, turn = _take_ticket(turns, group, K)
+    block, seg, first_n, k, image = assignment(program, turn, segs, BLOCKS, NS, AT_ONCE)
     d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     in_d = d < D
-    seg = pid // BLOCKS % segs
-    row = pid // BLOCKS // segs
-    images = tl.num_programs(0) // (BLOCKS * segs * NS * K)
-    first_n = row % NS
-    k = row // NS % K
-    image = (row // NS // K).to(tl.int64)
     row = image * K + k
     x += image * L * X_ROW
     dt += image * dt_image + k * DT_K
@@ -116,9 +152,13 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     C += image * C_image + k * C_K
     weight += k * D * R
     grad += image * L * GRAD_ROW
-    grad_x += row * L * D
-    grad_delta += row * L * D
-    token_sums += (block * images.to(tl.int64) * K + row) * L * COLUMNS
+    summed = row if APART else image
+    grad_x += summed * L * D
+    if ADDS:
+        sums_x += summed * L * D
+    if N > 1:
+        grad_delta += summed * L * D
+    token_sums += (row * BLOCKS + block) * L * COLUMNS
     sums += ((image * segs + seg) * K + k) * SUMS * D
     if ORDER:
         order += image * order_image + k * order_row
@@ -151,6 +191,8 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         if SKIP:
             skip_d = tl.load(skip + k * D + d, mask=in_d, other=0.0).to(tl.float32)
 
+    if AT_ONCE == 0:
+        _wait_for_turn(turns, program, k)
     for n in range(first_n, first_n + N // NS):
         rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         grad_n = grad + (0 if OUTPUT else n * D)
@@ -182,6 +224,11 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             prior = first + tl.maximum(back - 1, 0) * ahead
             following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d,
                               R, RANKS, SLOTS, PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
+            if ADDS:  # of the first direction and state, no token has a sum so far
+                at = sums_x + (0 if ORDER else start) * D
+                before = inside_of(tl.arange(0, GROUPS) * STEPS, tl.where(n + (0 if APART else k) > 0, left, 0), STEPS)
+                parts = load_steps(at, rows if ORDER else (tl.arange(0, GROUPS) * STEPS,) * STEPS, before, d, in_d, D,
+                                   ORDER)
             if MAPS:
                 ask_now(count)
             if PAIRS:
@@ -223,7 +270,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                 here = inside_of(runs, left, STEPS)
                 if not ORDER:
                     rows = (runs,) * STEPS
-                steps, sums_B, sums_C = (), (), ()
+                steps, sums_B, sums_C, ats, dxs = (), (), (), (), ()
                 for s in tl.static_range(STEPS - 1, -1, -1):
                     inside = here[s][:, None, None] & in_d
                     at = begin * D + row_at(rows[s], D, ORDER) + d + (0 if ORDER else s * D)
@@ -243,11 +290,16 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                         sum_skip += grads[s] * us[s]
                     if N > 1:
                         if n > 0:
-                            dx += tl.load(grad_x + at, mask=inside, other=0.0)
                             dv += tl.load(grad_delta + at, mask=inside, other=0.0)
                         tl.store(grad_delta + at, dv, mask=inside)
-                    tl.store(grad_x + at, dx, mask=inside)
+                    if ADDS:
+                        dx += parts[s]
+                    ats, dxs = (at,) + ats, (dx,) + dxs
                     steps = (dv * slopes[s],) + steps
+                if not ADDS or APART or k * N + n == K * N - 1:
+                    store_steps(grad_x, ats, dxs, here, in_d)
+                else:
+                    store_steps(sums_x, ats, dxs, here, in_d)
                 at = token
                 if ORDER:
                     at = tl.load(order + start + token, mask=token < left, other=0).to(tl.int64)
@@ -286,11 +338,15 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             tl.store(at + D + g * 0, r, mask=(g == 0) & in_d)
         else:
             tl.store(sums + (R + 1 + n) * D + d, LN2 * LN2 * tl.sum(sum_rate, 0, keep_dims=True), mask=in_d)
+        if ADDS and N > 1:  # threads read what others wrote
+            tl.debug_barrier()
     if not MAPS:
         tl.store(sums + column[None, None, :] * D + own, sum_weight, mask=own_in)
         tl.store(sums + R * D + d, tl.sum(sum_bias, 0, keep_dims=True), mask=in_d)
         if SKIP:
             tl.store(sums + (R + 1 + N) * D + d, tl.sum(sum_skip, 0, keep_dims=True), mask=in_d)
+    if AT_ONCE == 0:
+        _end_turn(turns, program, k)
 
 
 @triton.jit
@@ -353,16 +409,16 @@ def _finish_parameters(sums, A, grad_A, grad_weight, grad_bias, grad_skip, parts
 def _finish_tokens(token_sums, grad_dt, grad_B, grad_C, images, L, BLOCKS: tl.constexpr, N: tl.constexpr,
                    K: tl.constexpr, R: tl.constexpr, ROW_DT: tl.constexpr, ROW_B: tl.constexpr, ROW_C: tl.constexpr,
                    COLUMNS: tl.constexpr, LANES: tl.constexpr, VALUES: tl.constexpr):
-    """Add up ``token_sums`` (blocks of channels, batch, K, L, COLUMNS) in a fixed order."""
+    """Add up ``token_sums`` (batch, K, blocks of channels, L, COLUMNS) in a fixed order."""
     token = tl.program_id(0) * VALUES + tl.arange(0, VALUES).to(tl.int64)
     column = tl.arange(0, LANES)
     count = images.to(tl.int64) * K * L
     inside = (token < count)[:, None] & (column < COLUMNS)[None, :]
     total = tl.zeros([VALUES, LANES], tl.float32)
-    for block in range(BLOCKS):
-        at = (block * count + token)[:, None] * COLUMNS + column[None, :]
-        total += tl.load(token_sums + at, mask=inside, other=0.0)
     image, k, t = token // L // K, token // L % K, token % L
+    for block in range(BLOCKS):
+        at = (token // L * BLOCKS + block) * L + t
+        total += tl.load(token_sums + at[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
     out = ((image * L + t) * K + k)[:, None]
     column = column[None, :]
     tl.store(grad_dt + out * ROW_DT + column, total, mask=inside & (column < R))
@@ -383,24 +439,28 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, 
         return [None if g is None else g.zero_() for g in grads]
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_weight, grad_bias, grad_skip = grads
     grad, states, fp32 = grad.contiguous(), states.contiguous(), dict(dtype=torch.float32)
-    if K * N > 1:
-        grad_x = x.new_empty((batch, K, L, D), **fp32)
-    grad_delta = x.new_empty(grad_x.shape, **fp32) if N > 1 else grad_x
+    sums_x, apart = run.sums(), K > 1 and not run.in_turn
+    if apart:
+        grad_x = sums_x
+    grad_delta = torch.empty_like(sums_x) if N > 1 else None
     columns = R + N + (N if run.output else 0)
-    token_sums = x.new_empty((run.blocks, batch, K, L, columns), **fp32)
+    token_sums = x.new_empty((batch, K, run.blocks, L, columns), **fp32)
     parts, rows = batch * run.segments, R + 1 + N + (skip is not None)
     sums = x.new_empty((parts, K, rows, D), **fp32)
     maps = run.maps(1)
-    buffers = grad, states, maps, grad_x, grad_delta, token_sums, sums
+    turns, waits = None, run.in_turn and maps is None
+    if waits:
+        turns = x.new_empty(1 + batch * run.blocks, dtype=torch.int32).zero_()
+    buffers = (grad, states, maps, sums_x, grad_x, grad_delta, token_sums, sums, turns,
+               cdiv(_WARPS_IN_TURN, run.num_warps))
     if maps is not None:
         run(_scan_backward, N, *buffers, constants=(True, True))
-    run(_scan_backward, 1, *buffers, constants=(False, maps is not None))
+    for directions in run.launches():
+        run(_scan_backward, K if waits else 1, *buffers, directions=directions, constants=(False, maps is not None))
     launch(_finish_parameters, (cdiv(D, _VALUES), K * rows, 1), sums, run.tensors[2], grad_A, grad_weight, grad_bias,
            grad_skip, parts, D, N, K, R, skip is not None, log, _ROWS, _VALUES)
     launch(_finish_tokens, (cdiv(batch * K * L, _VALUES), 1, 1), token_sums, grad_dt, grad_B,
            grad_B if grad_C is None else grad_C, batch, L, run.blocks, N, K, R, as_rows(grad_dt, 3)[1],
            as_rows(grad_B, 3)[1], N if grad_C is None else as_rows(grad_C, 3)[1], columns, next_power_of_2(columns),
            _VALUES)
-    if K * N > 1:
-        grad_x = add_directions(grad_x, x.dtype)
-    return [grad_x, *grads[1:]]
+    return [add_directions(grad_x, x.dtype) if apart else grad_x, *grads[1:]]

@@ -15,7 +15,7 @@ from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_pow
 from ..dispatch import MOST_RANKS
 
 #: Arguments of the kernels that change with the size of the map: no kernel is compiled anew for their values.
-RUNTIME = ['L', 'chunks', 'segs', 'each', 'dt_image', 'B_image', 'C_image', 'order_image', 'order_row']
+RUNTIME = ['turn', 'L', 'chunks', 'segs', 'each', 'dt_image', 'B_image', 'C_image', 'order_image', 'order_row']
 GROUPS = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 #: Sequences are split where images, directions and blocks of channels alone give fewer warps than the first; into as
@@ -23,9 +23,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _FEW_WARPS, _ENOUGH_WARPS = 500, {16: 2112, 32: 1584}
 #: Between few and so many warps, which are no segments, each needs more that it can do at once.
 _MANY_WARPS = 1500
-#: With so many for each direction, programs take all directions in turn: the outputs' sum is then read and written in
-#: the caches, instead of every direction's output in memory.
-_WARPS_FOR_TURNS = 1056
+#: Up to so many bytes, which a GPU's cache has room for, each of several directions has memory for its sums, so that
+#: none waits for another. Else each adds to what those before it left: nothing of a direction is written.
+_FEW_BYTES = 16 * 2**20
 #: Above so many slots, see ``projection.load_projection``, a program does not hold them: a thread has 255 registers.
 _MOST_SLOTS = 64
 #: And up to so many, its warps may have 32 channels.
@@ -59,12 +59,12 @@ def _in_pairs(dt):
 class Launch:
     """The shapes of one call, and the launch of kernels whose first arguments are those of the operator. ``alone``:
     the steps where a warp has few beside it that could work while it waits. ``wide``: warps have 32 channels where
-    there are segments and a thread can hold that. ``turns``: a program may take all directions."""
+    there are segments and a thread can hold that."""
 
-    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log, alone=None, wide=False,
-                 turns=False):
+    def __init__(self, x, dt, A, B, C, weight, bias, skip, order, chunk, warps, steps, log, alone=None, wide=False):
         (self.batch, self.L, self.D), (self.K, self.R), self.N = x.shape, dt.shape[2:], B.shape[3]
         self.output, self.chunks = C is not None, cdiv(self.L, chunk)
+        self.in_turn = self.K > 1 and 4 * self.K * x.numel() > _FEW_BYTES
         dt = _dense(dt)
         ranks = max(4, next_power_of_2(self.R))
         slots = 2 * ranks * (1 if dt.dtype.itemsize == 2 else 2) * (2 if ranks == 4 else 1)  # see projection.py
@@ -74,7 +74,7 @@ class Launch:
         for self.channels in (32, 16) if wide else (16,):
             self.num_warps = min(warps, next_power_of_2(cdiv(self.D, self.channels)))
             self.blocks = cdiv(self.D, self.channels * self.num_warps)
-            programs = self.batch * self.K * self.blocks * (1 if self.output else self.N)
+            programs = self.batch * self.blocks * (1 if self.output else self.N) * (1 if self.in_turn else self.K)
             if _segments(programs * self.num_warps, cdiv(self.L, 8 * steps), self.L, self.channels)[0] > 1:
                 break
         # Images follow one another, so that the compiler knows how they are aligned.
@@ -98,8 +98,6 @@ class Launch:
             raise BackendError(f"selective_scan: 'triton' takes dt of rank 1 to {MOST_RANKS}, got {self.R}; use "
                                "mmvssm.kernels.use_backend('torch')")
         self.steps = steps
-        in_turn = turns and self.output and self.N == 1 and programs * self.num_warps // self.K >= _WARPS_FOR_TURNS
-        self.turns = self.K if in_turn and self.segments == 1 else 1
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
                         C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
@@ -112,12 +110,37 @@ class Launch:
             return None
         return self.x.new_empty((self.batch, self.K, self.N, self.segments, each, 2, self.D), dtype=torch.float32)
 
-    def __call__(self, kernel, states, *buffers, constants, **options):
-        """Launch ``kernel`` with ``states`` programs per image, direction, segment and block of channels; its last
-        arguments are ``constants``."""
-        programs = self.blocks * self.segments * self.batch * (self.K // self.turns) * states
-        launch(kernel, (programs, 1, 1), *self.tensors, *buffers, *self.numbers, *constants,
+    def sums(self):
+        """Memory for what is added up over directions and states: (batch, L, D) in float32, or for each direction where
+        they are not taken in turn, (batch, K, L, D). None if there is one of each."""
+        shape = (self.batch, self.L, self.D) if self.in_turn else (self.batch, self.K, self.L, self.D)
+        return self.x.new_empty(shape, dtype=torch.float32) if self.K * self.N > 1 else None
+
+    def launches(self):
+        """Of each launch that a pass over all directions takes, the first direction and the number of those which know
+        nothing of each other; (0, 0) are all, each of which adds to what is there from the one before. Where a sequence
+        has segments, whose tokens change with the direction, that takes a launch for each."""
+        if not self.in_turn:
+            return [(0, self.K)]
+        return [(0, 0)] if self.segments == 1 else [(k, 1) for k in range(self.K)]
+
+    def __call__(self, kernel, programs, *buffers, directions=None, constants, **options):
+        """Launch ``kernel`` with ``programs`` per image, direction, segment and block of channels. ``directions``: one
+        of :meth:`launches`, None for all side by side. The last arguments are ``constants``."""
+        turn, at_once = directions or (0, self.K)
+        programs *= self.blocks * self.segments * self.batch * max(at_once, 1)
+        launch(kernel, (programs, 1, 1), *self.tensors, *buffers, turn, *self.numbers, at_once, *constants,
                num_warps=self.num_warps, **options)
+
+
+@triton.jit
+def assignment(program, turn, segs, BLOCKS: tl.constexpr, NS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The block of channels, segment, state, direction and image of a program; ``turn``, ``AT_ONCE``: see
+    ``Launch.launches``."""
+    row = program // BLOCKS // segs
+    DIRECTIONS: tl.constexpr = max(AT_ONCE, 1)
+    image = (row // NS // DIRECTIONS).to(tl.int64)
+    return program % BLOCKS, program // BLOCKS % segs, row % NS, turn + row // NS % DIRECTIONS, image
 
 
 @triton.jit

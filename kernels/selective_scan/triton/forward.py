@@ -11,6 +11,7 @@ from .blocks import (
     Launch,
     add_directions,
     ask_now,
+    assignment,
     fours,
     inside_of,
     load_fours,
@@ -68,17 +69,18 @@ def _widen(low, us, bs, cs, rows, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, order, maps, part, y, states, L, chunks,
+def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states, L, chunks,
           segs, each, dt_image, B_image, C_image, order_image, order_row, D: tl.constexpr, N: tl.constexpr,
           K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr,
           B_ROW: tl.constexpr, B_K: tl.constexpr, C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr,
           SLOTS: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
           CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr,
-          TURNS: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
+          AT_ONCE: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
     """One segment of one image in direction ``k``, see ``_scan``."""
     NS: tl.constexpr = N if MAPS or not OUTPUT else 1  # states that are programs of their own
     BLOCK: tl.constexpr = GROUPS * STEPS
-    EARLY: tl.constexpr = TURNS > 1  # what is needed last is loaded first
+    APART: tl.constexpr = K > 1 and AT_ONCE == K  # there are sums for each direction
+    EARLY: tl.constexpr = OUTPUT and (N > 1 or K > 1 and not APART) and not MAPS  # what is needed last is loaded first
     d = (block * WARPS + tl.arange(0, WARPS)[None, :, None]) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     in_d = d < D
     ds = fours(block, WARPS, CHANNELS)
@@ -95,9 +97,9 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
     bias = load_bias(bias, block, D, WARPS, CHANNELS)
     if OUTPUT:
         C += image * C_image + k * C_K
-        y += (row if TURNS == 1 else image) * L * D
-        if TURNS > 1:
-            part += image * L * D
+        y += (row if APART else image) * L * D
+        if EARLY:
+            sums += (row if APART else image) * L * D
     else:
         y += image * L * N * D + first_n * D
     if ORDER:
@@ -116,8 +118,8 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
         let_next_start()
     for n in range(first_n, first_n + N // NS):
         start = first + (each - 1) * ahead if MAPS else first
-        loaded = _load(x, dt, B + n, C, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS, PAIRS,
-                       X_ROW, DT_ROW, B_ROW, C_ROW, STEPS, ORDER, EARLY)
+        loaded = _load(x, dt, B + n, C + n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS,
+                       PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, STEPS, ORDER, EARLY)
         if CHANNELS == 16:
             rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         else:  # there is one state
@@ -141,12 +143,12 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
             left = (L - start).to(tl.int32)
             further = first + tl.maximum(each - 2 - i, 0) * ahead if MAPS else start + ahead
             # The next block is loaded while this one is worked on.
-            following = _load(x, dt, B + n, C, order, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
+            following = _load(x, dt, B + n, C + n, order, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
                               SLOTS, PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, STEPS, ORDER, EARLY)
             begin = 0 if ORDER else start
-            if EARLY:  # of the first direction, no token has a sum so far
-                here = inside_of(runs, tl.where(k > 0, left, 0), STEPS)
-                parts = load_steps(part + begin * D, rows, here, d, in_d, D, ORDER)
+            if EARLY:  # of the first direction and state, no token has a sum so far
+                here = inside_of(runs, tl.where(n + (0 if APART else k) > 0, left, 0), STEPS)
+                parts = load_steps(sums + begin * D, rows, here, d, in_d, D, ORDER)
             ask_now(each)
             if STEPS > 4:  # few warps and no segments: the one after that
                 soon = tl.minimum(2 * BLOCK + tl.arange(0, BLOCK), left - 1)
@@ -188,29 +190,26 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
                 else:
                     rows, here = places(order, start, runs, left, STEPS, ORDER)
                     if OUTPUT:
-                        cs = load_scalars(C + n, order, start, runs, left, C_ROW, WARPS, STEPS, ORDER)
+                        cs = load_scalars(C, order, start, runs, left, C_ROW, WARPS, STEPS, ORDER)
                 if OUTPUT:
                     cs = of_steps(cs, STEPS, CHANNELS)
                 ats, values = (), ()
                 for s in tl.static_range(STEPS):
-                    inside = here[s][:, None, None] & in_d
                     at = begin * Y_ROW + row_at(rows[s], Y_ROW, ORDER) + d + (0 if ORDER else s * Y_ROW)
                     enter = decays[s] * enter + drives[s]
                     value = enter
                     if OUTPUT:
                         value = cs[s] * enter
-                        if n > 0:
-                            value += tl.load(y + at, mask=inside, other=0.0)
-                        elif SKIP:
+                        if SKIP and n == 0:
                             skip_d = tl.load(skip + k * D + d, mask=in_d, other=0.0).to(tl.float32)
                             value += skip_d * us[s]
                     if EARLY:
                         value += parts[s]
                     ats, values = ats + (at,), values + (value,)
-                if TURNS == 1 or k == K - 1:
+                if not EARLY or APART or k * N + n == K * N - 1:
                     store_steps(y, ats, values, here, in_d)
                 else:
-                    store_steps(part, ats, values, here, in_d)
+                    store_steps(sums, ats, values, here, in_d)
                 if SEGMENTED:
                     h = enter
             loaded = _widen(*following, PAIRS)
@@ -220,37 +219,38 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
             store_fours(own + D + g * 0, ds, b, g == 0, D)
             store_fours(own + (1 + g) * 2 * D, ds, to_a, g >= 0, D)
             store_fours(own + (1 + g) * 2 * D + D, ds, to_b, g >= 0, D)
+        if EARLY and N > 1:  # threads read what others wrote
+            tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, part, y, states, L, chunks, segs, each, dt_image, B_image,
-          C_image, order_image, order_row, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states, turn, L, chunks, segs, each, dt_image,
+          B_image, C_image, order_image, order_row, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
           X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
           C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr,
           WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr,
-          SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, TURNS: tl.constexpr, MAPS: tl.constexpr,
+          SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, AT_ONCE: tl.constexpr, MAPS: tl.constexpr,
           SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
     """One segment of one image and direction, ``CHANNELS * WARPS`` channels, and one state; all states with ``OUTPUT``.
 
-    ``TURNS``: directions that a program takes one after the other, 1 or all. In the latter case the output's sum so far
-    is in ``part`` (batch, L, D), fp32, until the last one's is added.
+    ``turn``, ``AT_ONCE``: see ``Launch.launches``; where that says all in turn, a program takes all directions. What is
+    summed so far of directions and states is in ``sums``, fp32, and the last ones are added for ``y``. Of directions
+    side by side each has sums of its own, which is all that there is in the end: ``y`` and ``sums`` are the same then.
     ``MAPS``: only what the segment does to a state, for the segments after it, and what its groups up to each do, for
     the next pass; from its end to its beginning, so that the next pass finds in the cache what it reads first.
     ``OVERLAP``: the next pass begins while this one ends.
-    Layouts: y (batch, L, N, D) without ``OUTPUT``, else (batch, K, L, D), or (batch, L, D) with turns; states
-    (batch, K, chunks, N, D); maps (batch, K, N, segs, 1 + groups, 2, D).
+    Layouts: y (batch, L, N, D) without ``OUTPUT``, else (batch, L, D), as sums, or (batch, K, L, D);
+    states (batch, K, chunks, N, D); maps (batch, K, N, segs, 1 + groups, 2, D).
     """
     BLOCKS: tl.constexpr = (D + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)
     NS: tl.constexpr = N if MAPS or not OUTPUT else 1  # states that are programs of their own
-    pid = tl.program_id(0)
-    row = pid // BLOCKS // segs
-    image = (row // NS // (K // TURNS)).to(tl.int64)
-    for turn in tl.range(0, TURNS, num_stages=1):
-        k = row // NS % K if TURNS == 1 else turn
-        _walk(pid % BLOCKS, pid // BLOCKS % segs, row % NS, k, image, x, dt, A, B, C, weight, bias, skip, order, maps,
-              part, y, states, L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row, D, N, K, R,
-              X_ROW, DT_ROW, DT_K, B_ROW, B_K, C_ROW, C_K, RANKS, SLOTS, PAIRS, WARPS, CHANNELS, STEPS, CHUNK, OUTPUT,
-              SKIP, ORDER, LOG, TURNS, MAPS, SEGMENTED, OVERLAP)
+    TURNS: tl.constexpr = K if AT_ONCE == 0 else 1
+    block, seg, first_n, k, image = assignment(tl.program_id(0), turn, segs, BLOCKS, NS, AT_ONCE)
+    for further in tl.range(0, TURNS, num_stages=1):
+        _walk(block, seg, first_n, k + further, image, x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states,
+              L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row, D, N, K, R, X_ROW, DT_ROW,
+              DT_K, B_ROW, B_K, C_ROW, C_K, RANKS, SLOTS, PAIRS, WARPS, CHANNELS, STEPS, CHUNK, OUTPUT, SKIP, ORDER,
+              LOG, AT_ONCE, MAPS, SEGMENTED, OVERLAP)
         if TURNS > 1:  # threads read what others wrote
             tl.debug_barrier()
 
@@ -262,7 +262,7 @@ _WARPS, _STEPS, _STEPS_ALONE = 4, 4, 8
 def _registers(run, half):
     """The registers of a thread, where the assembler has to be told: of itself it takes fewer for these, works out one
     step size after another, and waits for each of their operations. Others have what they need or would spill."""
-    if run.turns > 1:
+    if run.in_turn and run.segments == 1:
         return {'maxnreg': 168} if half else {}
     if run.N > 1 or run.output or run.R > (8 if half else 4):
         return {}
@@ -276,26 +276,23 @@ def _registers(run, half):
 def forward(x, dt, A, B, C, weight, bias, skip, order, *, chunk, log=False):
     """``y`` and the state before each chunk; see ``ops.py``. ``log``: ``A`` has logarithms, of the rates' opposites."""
     run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS, _STEPS, log,
-                 _STEPS_ALONE if order is None else None, B.shape[3] == 1 and C is None and order is None, turns=True)
+                 _STEPS_ALONE if order is None else None, B.shape[3] == 1 and C is None and order is None)
     states = x.new_empty((run.batch, run.K, run.chunks, run.N, run.D), dtype=torch.float32)
-    part = None
-    if not run.output:
-        y = x.new_empty((run.batch, run.L, run.N, run.D))
-    elif run.turns > 1:
-        y = x.new_empty((run.batch, run.L, run.D))
-        part = torch.empty_like(y, dtype=torch.float32)
+    sums = run.sums() if run.output else None
+    if run.output and run.K > 1 and not run.in_turn:
+        y = sums
     else:
-        sums = run.K * run.N > 1
-        y = x.new_empty((run.batch, run.K, run.L, run.D), dtype=torch.float32 if sums else x.dtype)
+        y = x.new_empty((run.batch, run.L, run.D) if run.output else (run.batch, run.L, run.N, run.D))
     if x.numel():
         maps, options = run.maps(1 + GROUPS.value), _registers(run, x.dtype.itemsize == 2)
         overlap = maps is not None and overlaps(x)
+        buffers, programs = (maps, sums, y, states), 1 if run.output else run.N
         if maps is not None:
-            run(_scan, run.N, maps, part, y, states, constants=(run.turns, True, True, overlap), **options)
+            run(_scan, run.N, *buffers, constants=(True, True, overlap), **options)
         if overlap:
             options['launch_pdl'] = True
-        run(_scan, 1 if run.output else run.N, maps, part, y, states,
-            constants=(run.turns, False, maps is not None, overlap), **options)
-    if run.output and run.turns == 1:
-        y = add_directions(y, x.dtype)
-    return y, states
+        for directions in run.launches():
+            run(_scan, programs, *buffers, directions=directions, constants=(False, maps is not None, overlap),
+                **options)
+            options.pop('launch_pdl', None)  # the next direction waits for the end of this one
+    return (add_directions(y, x.dtype) if y is sums and run.output else y), states
