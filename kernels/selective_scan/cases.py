@@ -16,6 +16,7 @@ class Case:
         directions: K, or None for the form without that dimension.
         output: ``'states'``; ``'y'``, with C; ``'skip'``, with C and D.
         order: dimensions of the order, 1 (L,), 2 (K, L) or 3 (batch, K, L); None for raster order.
+        sides: of a map, instead of an order; its tokens are ``length``.
         steps: ``'usual'``, or ``'large'``: before the softplus they reach far beyond +-20.
         layout: of every tensor with more than one dimension; see :func:`lay_out`.
         half_params: parameters in the precision of ``x``. They stay in float32 otherwise, as under autocast.
@@ -30,6 +31,7 @@ class Case:
     output: str = 'states'
     order: int | None = None
     order_dtype: torch.dtype = torch.int64
+    sides: tuple | None = None
     steps: str = 'usual'
     layout: str = 'contiguous'
     half_params: bool = False
@@ -78,6 +80,11 @@ CASES = {case.name: case for case in (
     Case('one_row-y', batch=1, length=130, dim=1, output='y', steps='large'),
     Case('large_steps', steps='large', dim=20),
     Case('large_steps-skip', steps='large', output='skip', d_state=3, directions=2),
+    Case('tiny-sides', batch=1, length=6, dim=2, rank=1, directions=4, output='skip', sides=(2, 3)),
+    Case('sides-K2', length=70, directions=2, output='skip', dim=20, sides=(7, 10)),
+    Case('sides-K4', length=77, directions=4, output='skip', dim=20, sides=(7, 11)),
+    Case('sides-column', length=40, directions=4, output='y', d_state=2, sides=(40, 1)),
+    Case('sides-row', length=40, directions=4, output='skip', dim=5, sides=(1, 40)),
     Case('half', layout='half', output='skip', directions=2, order=3),
     Case('half-states', layout='half', dim=5, d_state=3),
     Case('channels_first', layout='channels_first', output='skip', d_state=3, order=2, directions=2),
@@ -152,9 +159,13 @@ def inputs(case, dtype, device='cpu', seed=0):
 
 def operator(case, tensors):
     """The public function."""
-    return selective_scan(**tensors)
+    return selective_scan(**_with_sides(case, tensors))
 
 
 def reference(case, tensors):
     """What it should return."""
-    return selective_scan_reference(**tensors)
+    return selective_scan_reference(**_with_sides(case, tensors))
+
+
+def _with_sides(case, tensors):
+    return dict(tensors, order=case.sides) if case.sides else tensors

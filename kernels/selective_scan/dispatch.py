@@ -13,7 +13,7 @@ _READ_AS = {torch.float64: torch.float32, torch.int8: torch.int32, torch.uint8: 
 
 
 def _readable(args):
-    return [a.to(_READ_AS[a.dtype]) if a is not None and a.dtype in _READ_AS else a for a in args]
+    return [a.to(_READ_AS[a.dtype]) if isinstance(a, torch.Tensor) and a.dtype in _READ_AS else a for a in args]
 
 
 def _triton_forward(*args, chunk):

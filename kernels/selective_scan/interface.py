@@ -1,7 +1,7 @@
 """The public selective scan: validates, documents, calls the operator."""
 import torch
 
-from .._core.checks import check_same_device, check_shape, check_tensor
+from .._core.checks import check_integer, check_same_device, check_shape, check_tensor
 from . import flops, ops  # noqa: F401  (flops registers its formula)
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -28,8 +28,10 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
         dt_weight (Tensor): step projection, (D, R).
         dt_bias (Tensor): its bias, (D,).
         D (Tensor, optional): skip weight, (D,); needs ``C``.
-        order (Tensor, optional): integer tokens in the order in which they are scanned, a permutation of
-            0..L-1 of shape (L,), (K, L) or (batch, K, L). Inputs and outputs stay at their tokens.
+        order (Tensor | tuple[int, int], optional): integer tokens in the order in which they are scanned, a
+            permutation of 0..L-1 of shape (L,), (K, L) or (batch, K, L). Or the height and width of a map whose
+            tokens are numbered row by row: 2 directions walk it row by row, forwards and backwards, 4 as
+            :func:`cross_scan_order` says, without a table. Inputs and outputs stay at their tokens.
 
     For ``K`` directions at once, give ``dt``, ``B``, ``C`` as (batch, L, K, ...) and ``A``, ``dt_weight``,
     ``dt_bias``, ``D`` as (K, ...); the directions' outputs are summed, in the order of ``k``.
@@ -39,7 +41,8 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
 
     Raises:
         ValueError: a shape does not fit, tensors are on different devices, ``D`` or several directions
-            without ``C``, or ``order``, on the CPU, is no permutation (on a GPU nobody checks).
+            without ``C``, or ``order``, on the CPU, is no permutation (on a GPU nobody checks), or no sides of a
+            map of L tokens, with 2 or 4 directions.
         TypeError: a tensor is not floating point, or ``order`` is not of one of :data:`INTEGERS`.
         BackendError: a requested backend cannot run the call.
     """
@@ -78,7 +81,11 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
         C = None if C is None else C.unsqueeze(2)
         dt_weight, dt_bias = dt_weight.unsqueeze(0), dt_bias.unsqueeze(0)
         D = None if D is None else D.unsqueeze(0)
-    if order is not None:
+    height = width = 0
+    if isinstance(order, tuple):
+        height, width = _check_sides(op, order, length, dt.shape[2])
+        order = None
+    elif order is not None:
         check_tensor(op, 'order', order)
         if order.dtype not in INTEGERS:
             raise TypeError(f"{op}: order has dtype {order.dtype}, expected one of {', '.join(map(str, INTEGERS))}")
@@ -89,4 +96,18 @@ def selective_scan(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None, order=Non
         if order.device != x.device:
             raise ValueError(f'{op}: tensors must be on one device, got x on {x.device}, '
                              f'order on {order.device}')
-    return ops.selective_scan(x, dt, A, B, C, dt_weight, dt_bias, D, order)[0]
+    return ops.selective_scan(x, dt, A, B, C, dt_weight, dt_bias, D, order, height, width)[0]
+
+
+def _check_sides(op, order, length, directions):
+    """``order`` as the sides of a map."""
+    if len(order) != 2:
+        raise ValueError(f'{op}: order is {order}, expected a tensor, or the height and width of a map')
+    height, width = order
+    check_integer(op, 'order[0]', height, 1)
+    check_integer(op, 'order[1]', width, 1)
+    if height * width != length:
+        raise ValueError(f'{op}: order is a map of {height} x {width} tokens, but x has {length}')
+    if directions not in (2, 4):
+        raise ValueError(f'{op}: order is a map, which is walked in 2 or 4 directions, got {directions}')
+    return height, width

@@ -1,4 +1,4 @@
-"""Orders in which tokens may be scanned, for the argument ``order`` of the scan."""
+"""Orders in which tokens may be scanned, as tables for the argument ``order`` of the scan."""
 import torch
 
 from .._core.checks import check_integer
@@ -27,3 +27,9 @@ def cross_scan_order(height, width, device=None):
     rows = torch.arange(height * width, device=device)
     columns = rows.view(height, width).t().flatten()
     return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
+
+
+def order_of_map(sides, directions, device=None):
+    """The table for ``order=sides``, the height and width of a map: int64, (directions, height * width)."""
+    height, width = sides
+    return two_way_order(height * width, device) if directions == 2 else cross_scan_order(height, width, device)

@@ -3,6 +3,8 @@ device, differentiable, slow."""
 import torch
 import torch.nn.functional as F
 
+from .orders import order_of_map
+
 
 def recurrence_by_steps(a, b):
     """``h_t = a_t * h_{t-1} + b_t`` along dimension 1, one step at a time, from ``h_{-1} = 0``."""
@@ -21,6 +23,8 @@ def selective_scan_reference(x, dt, A, B, C=None, *, dt_weight, dt_bias, D=None,
         dt, B, C = dt.unsqueeze(2), B.unsqueeze(2), None if C is None else C.unsqueeze(2)
         A, dt_weight, dt_bias = A.unsqueeze(0), dt_weight.unsqueeze(0), dt_bias.unsqueeze(0)
         D = None if D is None else D.unsqueeze(0)
+    if isinstance(order, tuple):
+        order = order_of_map(order, dt.shape[2], x.device)
     total = 0
     for k in range(dt.shape[2]):
         if order is None:

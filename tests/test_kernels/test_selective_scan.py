@@ -7,6 +7,7 @@ from kernel_testing import DEVICES, Call, calls, room
 from mmengine.analysis import FlopAnalyzer
 
 from mmvssm.kernels import cross_scan_order, selective_scan, selective_scan_reference, two_way_order, use_backend
+from mmvssm.kernels.selective_scan.orders import order_of_map
 
 CASES = room('selective_scan', 'cases').CASES
 
@@ -133,6 +134,11 @@ BAD_INPUTS = {
                     'order has tokens from 1 to 4, expected each of 0 to 4 once in a row'),
     'order-beyond': (dict(order=lambda t: t + 1), ValueError, 'order has tokens from 1 to 5'),
     'order-negative': (dict(order=lambda t: t - 1), ValueError, 'order has tokens from -1 to 3'),
+    'order-sides': (dict(order=lambda t: (3, 2)), ValueError, 'order is a map of 3 x 2 tokens, but x has 5'),
+    'order-three_sides': (dict(order=lambda t: (1, 5, 1)), ValueError,
+                          r'order is \(1, 5, 1\), expected a tensor, or the height and width of a map'),
+    'order-side': (dict(order=lambda t: (5., 1)), ValueError, r'order\[0\] is 5.0, expected an integer'),
+    'order-no_side': (dict(order=lambda t: (-1, -5)), ValueError, r'order\[0\] is -1, expected .* at least 1'),
     'order-device': (dict(order=lambda t: t.to('meta')), ValueError, 'x on cpu, order on meta'),
 }
 
@@ -155,6 +161,31 @@ def test_orders():
     assert two_way_order(4).tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
     assert cross_scan_order(2, 3).tolist() == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5],
                                                [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
+
+
+@pytest.mark.parametrize('directions', [(), (1,), (3,)], ids=['none', '1', '3'])
+def test_directions_of_a_map(directions):
+    x, dt, A = torch.zeros(1, 4, 2), torch.zeros(1, 4, *directions, 1), torch.zeros(*directions, 2, 1)
+    with pytest.raises(ValueError, match='walked in 2 or 4 directions, got ' + str(*directions or (1,))):
+        selective_scan(x, dt, A, dt, dt, dt_weight=A, dt_bias=A[..., 0], order=(2, 2))
+
+
+@pytest.mark.parametrize('divisor', [1, 2, 3, 7, 14, 200, 255, 1000, 1023, 1024])
+def test_division_by_product(divisor):
+    blocks = room('selective_scan', 'triton.blocks')
+    end = 2**blocks.DIVISION.value // divisor
+    numbers = torch.cat([torch.arange(min(end, 10**5)), torch.arange(max(end - 10**5, 0), end)])
+    assert torch.equal(numbers * blocks.magic_of(divisor) >> blocks.DIVISION.value, numbers // divisor)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_map_too_large_to_divide_has_a_table(monkeypatch, device):
+    call = Call('selective_scan', 'sides-K4', 'triton', device)
+    tables, blocks = [], room('selective_scan', 'triton.blocks')
+    monkeypatch.setattr(blocks, 'DIVISION', blocks.tl.constexpr(9))  # 7 * 77 are more
+    monkeypatch.setattr(blocks, 'order_of_map', lambda *a: tables.append(a) or order_of_map(*a))
+    call.check(call.evaluate(call.inputs(torch.float32)), call.expected(call.inputs(torch.float32)))
+    assert [a[:2] for a in tables] == [((7, 11), 4)] * 2
 
 
 @pytest.mark.parametrize('make, sizes, message', [
@@ -218,7 +249,7 @@ def test_cut_as_for_larger_sizes(monkeypatch, case, settings, steps, segments, e
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('case', ['length_1-skip', 'K2', 'K2-order_KL', 'rank_24', 'half', 'rank_70-order',
-                                  'K4-order_BKL', 'segments-K2'])
+                                  'K4-order_BKL', 'segments-K2', 'sides-K4'])
 def test_directions_in_turn_as_of_large_maps(monkeypatch, case, dtype, device):
     call = Call('selective_scan', case, 'triton', device)
     blocks, backward = (room('selective_scan', f'triton.{part}') for part in ('blocks', 'backward'))

@@ -32,10 +32,8 @@ from torch._inductor import config as inductor_config
 import mmvssm
 from mmvssm.engine.config import import_modules, keep_boxes_fp32
 from mmvssm.kernels import (
-    cross_scan_order,
     residual_conv_norm,
     selective_scan_reference,
-    two_way_order,
     use_backend,
 )
 from mmvssm.kernels._core.backends import choose
@@ -376,11 +374,9 @@ def error_of(got, expected, repeats, per_image):
     return math.sqrt(square / repeats) / (norm or 1.0)
 
 
-def order_of(op, height, width, device):
+def order_of(op, height, width):
     """The order in which a scan walks the tokens of a map, None for that of memory."""
-    if op == 'cross_scan':
-        return cross_scan_order(height, width, device)
-    return two_way_order(height * width, device) if op == 'two_way_scan' else None
+    return (height, width) if op in ('cross_scan', 'two_way_scan') else None
 
 
 def functions_of(room, cases, case, order=None):
@@ -429,7 +425,7 @@ def run_operator(report, meter, args, op, shape, dtype_name, compose, copy_rate)
     d_state = args.d_state or default_states(op)
     cases, case, repeats = operator_case(op, (batch, dim, height, width), d_state)
     name = operator_name(op, (batch, dim, height, width), d_state)
-    operator, reference = functions_of(room, cases, case, order_of(op, height, width, meter.device))
+    operator, reference = functions_of(room, cases, case, order_of(op, height, width))
 
     def repeated(t):
         return t.repeat(repeats, *[1] * (t.dim() - 1))

@@ -25,6 +25,8 @@ from .blocks import (
     state_before,
     store_steps,
     through_groups,
+    token_at,
+    walk_of,
     widen,
 )
 from .projection import (
@@ -54,7 +56,7 @@ _ROWS, _VALUES = 32, 64
 
 
 @triton.jit
-def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr,
+def _load(x, dt, B, C, grad, walk, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr,
           SLOTS: tl.constexpr, PAIRS: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr,
           C_ROW: tl.constexpr, GRAD_ROW: tl.constexpr, STEPS: tl.constexpr, OUTPUT: tl.constexpr, ORDER: tl.constexpr,
           MAPS: tl.constexpr):
@@ -62,7 +64,7 @@ def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr
     ``of_steps`` ``C`` and ``B``; nothing of ``x`` and ``B`` with ``MAPS``."""
     begin = 0 if ORDER else start
     runs = tl.arange(0, GROUPS) * apart
-    rows, here = places(order, start, runs, left, STEPS, ORDER)
+    rows, here = places(walk, start, runs, left, STEPS, ORDER)
     low = ()
     if PAIRS:
         low = load_pairs(dt + begin * DT_ROW, rows, here, R, d.shape[1], DT_ROW, ORDER)
@@ -71,10 +73,10 @@ def _load(x, dt, B, C, grad, order, start, left, apart, d, in_d, R: tl.constexpr
     grads = load_steps(grad + begin * GRAD_ROW, rows, here, d, in_d, GRAD_ROW, ORDER)
     cs, us, bs = (), (), ()
     if OUTPUT:
-        cs = load_scalars(C, order, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER)
+        cs = load_scalars(C, walk, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER)
     if not MAPS:
         us = load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER)
-        bs = load_scalars(B, order, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
+        bs = load_scalars(B, walk, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
     return low, grads, cs, us, bs, rows if ORDER and not MAPS else ()
 
 
@@ -116,7 +118,7 @@ def _widen(low, grads, cs, us, bs, rows, PAIRS: tl.constexpr):
 @triton.jit(do_not_specialize=[*RUNTIME, 'group'])
 def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps, sums_x, grad_x, grad_delta,
                    token_sums, sums, turns, group, turn, L, chunks, segs, each, dt_image, B_image, C_image,
-                   order_image, order_row,
+                   order_image, order_row, height, magic,
                    D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr,
                    DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
                    C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
@@ -160,8 +162,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         grad_delta += summed * L * D
     token_sums += (row * BLOCKS + block) * L * COLUMNS
     sums += ((image * segs + seg) * K + k) * SUMS * D
-    if ORDER:
-        order += image * order_image + k * order_row
+    walk = walk_of(order, image, k, L, K, order_image, order_row, height, magic, ORDER)
     bias += k * D
     if PAIRS:
         weights = load_projection_pairs(weight, block, D, R, WARPS, CHANNELS)
@@ -203,7 +204,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             carry = state_before(maps + (row * N + n) * segs * 2 * D, segs - 1 - seg, segs - 1, -1, D, 2 * D,
                                  fours(block, WARPS, CHANNELS))
         start = first + (count - 1) * ahead
-        loaded = _load(x, dt, B + n, C + n, grad_n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS,
+        loaded = _load(x, dt, B + n, C + n, grad_n, walk, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS,
                        SLOTS, PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
         loaded = _widen(*loaded, PAIRS)
         for i in tl.range(0, count, num_stages=1):
@@ -222,7 +223,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                 h = tl.load(states + ((row * chunks + start // CHUNK) * N + n) * D + d, mask=in_d, other=0.0) * LOG2_E
             # The block before is loaded while this one is worked on; before the first one, that one again.
             prior = first + tl.maximum(back - 1, 0) * ahead
-            following = _load(x, dt, B + n, C + n, grad_n, order, prior, (L - prior).to(tl.int32), apart, d, in_d,
+            following = _load(x, dt, B + n, C + n, grad_n, walk, prior, (L - prior).to(tl.int32), apart, d, in_d,
                               R, RANKS, SLOTS, PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, GRAD_ROW, STEPS, OUTPUT, ORDER, MAPS)
             if ADDS:  # of the first direction and state, no token has a sum so far
                 at = sums_x + (0 if ORDER else start) * D
@@ -236,7 +237,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             elif SLOTS:
                 projected = project(low, weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
-                projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS,
+                projected = project_many(dt, weight, bias, walk, start, left, apart, block, D, R, DT_ROW, WARPS,
                                          CHANNELS, STEPS, ORDER)
             deltas, decays = (), ()
             for s in tl.static_range(STEPS):
@@ -302,7 +303,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                     store_steps(sums_x, ats, dxs, here, in_d)
                 at = token
                 if ORDER:
-                    at = tl.load(order + start + token, mask=token < left, other=0).to(tl.int64)
+                    at = token_at(walk, start + token, token < left, ORDER).to(tl.int64)
                 columns = token_sums + begin * COLUMNS + at * COLUMNS + R + n
                 tl.store(columns, LN2 * _over_warps(sums_B, CHUNK), mask=token < left)
                 if OUTPUT:
@@ -313,7 +314,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                     spot = product_token
                     in_l = product_token < left
                     if ORDER:
-                        spot = tl.load(order + start + product_token, mask=in_l, other=0).to(tl.int64)
+                        spot = token_at(walk, start + product_token, in_l, ORDER).to(tl.int64)
                     all_dv = to_product(steps)
                     high, rest = split_tf32(all_dv)
                     out = tl.dot(high, wide_high, input_precision='tf32')

@@ -13,11 +13,18 @@ from ..._core.backends import BackendError
 from ..._core.triton_math import LOG2_E, exp2
 from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2, unit_of
 from ..dispatch import MOST_RANKS
+from ..orders import order_of_map
 
 #: Arguments of the kernels that change with the size of the map: no kernel is compiled anew for their values.
-RUNTIME = ['turn', 'L', 'chunks', 'segs', 'each', 'dt_image', 'B_image', 'C_image', 'order_image', 'order_row']
+RUNTIME = ['turn', 'L', 'chunks', 'segs', 'each', 'dt_image', 'B_image', 'C_image', 'order_image', 'order_row',
+           'height', 'magic']
 GROUPS = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+#: Kinds of orders: that of memory, a table, or sides of a map, walked row by row forwards and backwards or both so and
+#: column by column. ``token_at`` computes tokens of the last two.
+_NO_ORDER, _TABLE, _BOTH_WAYS, _CROSS = range(4)
+#: Numbers are divided by one that is the same for all by a product and a shift by so many bits, see ``magic_of``.
+DIVISION = tl.constexpr(30)
 #: Sequences are split where images, directions and blocks of channels alone give fewer warps than the first; into as
 #: many segments as make the second, by the channels of a warp.
 _FEW_WARPS, _ENOUGH_WARPS = 500, {16: 2112, 32: 1584}
@@ -42,6 +49,11 @@ def _segments(warps, blocks, longest, channels=16):
         return 1, max(blocks, 1)
     each = min(max(2, cdiv(blocks * warps, _ENOUGH_WARPS[channels])), longest)
     return cdiv(blocks, each), each
+
+
+def magic_of(divisor):
+    """``m`` so that ``n * m >> DIVISION`` is ``n // divisor`` for all ``n`` with ``n * divisor < 2**DIVISION``."""
+    return cdiv(1 << DIVISION.value, divisor)
 
 
 def _dense(tensor):
@@ -81,9 +93,14 @@ class Launch:
         self.x, x_row = as_rows(x, 2)
         B = _dense(B)
         C = B if C is None else _dense(C)
-        order_image = order_row = 0
-        if order is not None:
-            order = _dense(order)
+        order_image = order_row = height = magic = 0
+        kind = _NO_ORDER
+        if isinstance(order, tuple) and self.L * order[0] >> DIVISION.value:
+            order = order_of_map(order, self.K, x.device)
+        if isinstance(order, tuple):
+            kind, height, magic, order = _CROSS if self.K > 2 else _BOTH_WAYS, order[0], magic_of(order[0]), None
+        elif order is not None:
+            kind, order = _TABLE, _dense(order)
             order_row = order.stride(-2) if order.dim() > 1 else 0
             order_image = order.stride(0) if order.dim() == 3 else 0
         self.tensors = (self.x, dt, A.contiguous(), B, C, weight.contiguous(), bias.contiguous(),
@@ -99,10 +116,10 @@ class Launch:
                                "mmvssm.kernels.use_backend('torch')")
         self.steps = steps
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
-                        C.stride(0), order_image, order_row, self.D, self.N, self.K, self.R, x_row,
+                        C.stride(0), order_image, order_row, height, magic, self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
                         pairs, self.num_warps, self.channels, steps, chunk, self.output, skip is not None,
-                        order is not None, log)
+                        kind, log)
 
     def maps(self, each):
         """Memory for what segments do to states, ``each`` map by map, or None where there is one segment."""
@@ -291,7 +308,34 @@ def inside_of(runs, left, STEPS: tl.constexpr):
 
 
 @triton.jit
-def places(order, start, runs, left, STEPS: tl.constexpr, ORDER: tl.constexpr):
+def walk_of(order, image, k, L, K: tl.constexpr, order_image, order_row, height, magic, ORDER: tl.constexpr):
+    """For ``token_at``: the table of an image and direction, or what computes that. ``ORDER``: see ``_TABLE``."""
+    if ORDER == 1:
+        return order + image * order_image + k * order_row
+    elif ORDER > 1:
+        back = k >= (K + 1) // 2
+        return tl.where(back, L - 1, 0), tl.where(back, -1, 1), k % 2 == 1, height, L // height, magic
+    else:
+        return ()
+
+
+@triton.jit
+def token_at(walk, position, here, ORDER: tl.constexpr):
+    """Tokens at some positions of a direction's sequence, of which some are ``here``; int32. ``walk``: by ``walk_of``.
+    """
+    if ORDER == 1:
+        return tl.load(walk + position, mask=here, other=0).to(tl.int32)
+    else:
+        first, sign, by_columns, height, width, magic = walk
+        token = first + sign * position.to(tl.int32)
+        if ORDER == 3:
+            column = ((token.to(tl.int64) * magic) >> DIVISION).to(tl.int32)
+            token = tl.where(by_columns, (token - column * height) * width + column, token)
+        return token
+
+
+@triton.jit
+def places(walk, start, runs, left, STEPS: tl.constexpr, ORDER: tl.constexpr):
     """For each step, where the groups' tokens are, as rows behind that of ``start``, or with ``ORDER`` behind the
     first; and whether they are."""
     here = inside_of(runs, left, STEPS)
@@ -299,7 +343,7 @@ def places(order, start, runs, left, STEPS: tl.constexpr, ORDER: tl.constexpr):
     for s in tl.static_range(STEPS):
         row = runs
         if ORDER:
-            row = tl.load(order + start + runs + s, mask=here[s], other=0).to(tl.int32)
+            row = token_at(walk, start + runs + s, here[s], ORDER)
         rows = rows + (row,)
     return rows, here
 
@@ -330,7 +374,7 @@ def store_steps(base, ats, values, here, in_d):
 
 
 @triton.jit
-def load_scalars(base, order, start, runs, left, ROW: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
+def load_scalars(base, walk, start, runs, left, ROW: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
                  ORDER: tl.constexpr):
     """One element of each token, [groups, warps, 4] for every four steps, for ``of_steps``: four threads that want the
     same ones load one each."""
@@ -340,7 +384,7 @@ def load_scalars(base, order, start, runs, left, ROW: tl.constexpr, WARPS: tl.co
         token = runs[:, None, None] + (first + tl.arange(0, 4)[None, None, :])
         here = token < left
         if ORDER:
-            token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
+            token = token_at(walk, start + token, here, ORDER).to(tl.int64)
         at = tl.broadcast_to(base + token * ROW, (GROUPS, WARPS, 4))
         # They need not be, but so the compiler takes a thread for each of four, as ``of_steps`` does; none loads two.
         at = tl.max_contiguous(at, (1, 1, 4))

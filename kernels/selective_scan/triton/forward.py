@@ -27,6 +27,7 @@ from .blocks import (
     store_fours,
     store_steps,
     through_groups,
+    walk_of,
     widen,
 )
 from .projection import (
@@ -42,7 +43,7 @@ from .projection import (
 
 
 @triton.jit
-def _load(x, dt, B, C, order, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
+def _load(x, dt, B, C, walk, start, left, apart, d, in_d, R: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
           PAIRS: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr,
           STEPS: tl.constexpr, ORDER: tl.constexpr, EARLY: tl.constexpr):
     """What a block of tokens takes as it is in memory: ``dt`` for ``project``, ``x`` by step, ``B`` for ``of_steps``;
@@ -50,16 +51,16 @@ def _load(x, dt, B, C, order, start, left, apart, d, in_d, R: tl.constexpr, RANK
     """
     begin = 0 if ORDER else start
     runs = tl.arange(0, GROUPS) * apart
-    rows, here = places(order, start, runs, left, STEPS, ORDER)
+    rows, here = places(walk, start, runs, left, STEPS, ORDER)
     low, cs = (), ()
     if PAIRS:
         low = load_pairs(dt + begin * DT_ROW, rows, here, R, d.shape[1], DT_ROW, ORDER)
     elif SLOTS:
         low = load_ranks(dt + begin * DT_ROW, rows, here, R, RANKS, d.shape[1], DT_ROW, ORDER)
     us = load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER)
-    bs = load_scalars(B, order, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
+    bs = load_scalars(B, walk, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
     if EARLY:
-        cs = load_scalars(C, order, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER)
+        cs = load_scalars(C, walk, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER)
     return low, us, bs, cs, rows if EARLY else ()
 
 
@@ -70,12 +71,12 @@ def _widen(low, us, bs, cs, rows, PAIRS: tl.constexpr):
 
 @triton.jit
 def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states, L, chunks,
-          segs, each, dt_image, B_image, C_image, order_image, order_row, D: tl.constexpr, N: tl.constexpr,
-          K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr,
-          B_ROW: tl.constexpr, B_K: tl.constexpr, C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr,
-          SLOTS: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
-          CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr,
-          AT_ONCE: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
+          segs, each, dt_image, B_image, C_image, order_image, order_row, height, magic, D: tl.constexpr,
+          N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr,
+          DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr, C_ROW: tl.constexpr, C_K: tl.constexpr,
+          RANKS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr,
+          STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr,
+          LOG: tl.constexpr, AT_ONCE: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
     """One segment of one image in direction ``k``, see ``_scan``."""
     NS: tl.constexpr = N if MAPS or not OUTPUT else 1  # states that are programs of their own
     BLOCK: tl.constexpr = GROUPS * STEPS
@@ -102,8 +103,7 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
             sums += (row if APART else image) * L * D
     else:
         y += image * L * N * D + first_n * D
-    if ORDER:
-        order += image * order_image + k * order_row
+    walk = walk_of(order, image, k, L, K, order_image, order_row, height, magic, ORDER)
     Y_ROW: tl.constexpr = D if OUTPUT else N * D
     MAP: tl.constexpr = (1 + GROUPS) * 2 * D
     g = tl.arange(0, GROUPS)[:, None, None]
@@ -118,7 +118,7 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
         let_next_start()
     for n in range(first_n, first_n + N // NS):
         start = first + (each - 1) * ahead if MAPS else first
-        loaded = _load(x, dt, B + n, C + n, order, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS,
+        loaded = _load(x, dt, B + n, C + n, walk, start, (L - start).to(tl.int32), apart, d, in_d, R, RANKS, SLOTS,
                        PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, STEPS, ORDER, EARLY)
         if CHANNELS == 16:
             rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
@@ -143,7 +143,7 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
             left = (L - start).to(tl.int32)
             further = first + tl.maximum(each - 2 - i, 0) * ahead if MAPS else start + ahead
             # The next block is loaded while this one is worked on.
-            following = _load(x, dt, B + n, C + n, order, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
+            following = _load(x, dt, B + n, C + n, walk, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
                               SLOTS, PAIRS, X_ROW, DT_ROW, B_ROW, C_ROW, STEPS, ORDER, EARLY)
             begin = 0 if ORDER else start
             if EARLY:  # of the first direction and state, no token has a sum so far
@@ -158,7 +158,7 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
             elif SLOTS:
                 projected = project(low, weights, bias, dt.dtype.element_ty, RANKS, STEPS)
             else:
-                projected = project_many(dt, weight, bias, order, start, left, apart, block, D, R, DT_ROW, WARPS,
+                projected = project_many(dt, weight, bias, walk, start, left, apart, block, D, R, DT_ROW, WARPS,
                                          CHANNELS, STEPS, ORDER)
             group_a = tl.full([GROUPS, WARPS, CHANNELS], 1.0, tl.float32)
             group_b = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
@@ -188,9 +188,9 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
                 if EARLY:
                     here = inside_of(runs, left, STEPS)
                 else:
-                    rows, here = places(order, start, runs, left, STEPS, ORDER)
+                    rows, here = places(walk, start, runs, left, STEPS, ORDER)
                     if OUTPUT:
-                        cs = load_scalars(C, order, start, runs, left, C_ROW, WARPS, STEPS, ORDER)
+                        cs = load_scalars(C, walk, start, runs, left, C_ROW, WARPS, STEPS, ORDER)
                 if OUTPUT:
                     cs = of_steps(cs, STEPS, CHANNELS)
                 ats, values = (), ()
@@ -225,12 +225,12 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states, turn, L, chunks, segs, each, dt_image,
-          B_image, C_image, order_image, order_row, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-          X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
-          C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr,
-          WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr,
-          SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, AT_ONCE: tl.constexpr, MAPS: tl.constexpr,
-          SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
+          B_image, C_image, order_image, order_row, height, magic, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+          R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr,
+          B_K: tl.constexpr, C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
+          PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+          OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, AT_ONCE: tl.constexpr,
+          MAPS: tl.constexpr, SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
     """One segment of one image and direction, ``CHANNELS * WARPS`` channels, and one state; all states with ``OUTPUT``.
 
     ``turn``, ``AT_ONCE``: see ``Launch.launches``; where that says all in turn, a program takes all directions. What is
@@ -247,10 +247,10 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states, turn
     TURNS: tl.constexpr = K if AT_ONCE == 0 else 1
     block, seg, first_n, k, image = assignment(tl.program_id(0), turn, segs, BLOCKS, NS, AT_ONCE)
     for further in tl.range(0, TURNS, num_stages=1):
-        _walk(block, seg, first_n, k + further, image, x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states,
-              L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row, D, N, K, R, X_ROW, DT_ROW,
-              DT_K, B_ROW, B_K, C_ROW, C_K, RANKS, SLOTS, PAIRS, WARPS, CHANNELS, STEPS, CHUNK, OUTPUT, SKIP, ORDER,
-              LOG, AT_ONCE, MAPS, SEGMENTED, OVERLAP)
+        _walk(block, seg, first_n, k + further, image, x, dt, A, B, C, weight, bias, skip, order, maps, sums, y,
+              states, L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row, height, magic, D, N,
+              K, R, X_ROW, DT_ROW, DT_K, B_ROW, B_K, C_ROW, C_K, RANKS, SLOTS, PAIRS, WARPS, CHANNELS, STEPS, CHUNK,
+              OUTPUT, SKIP, ORDER, LOG, AT_ONCE, MAPS, SEGMENTED, OVERLAP)
         if TURNS > 1:  # threads read what others wrote
             tl.debug_barrier()
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..._core.triton_math import LOG2_E
 from ..._core.triton_support import INTERPRETED
-from .blocks import GROUPS, row_at
+from .blocks import GROUPS, row_at, token_at
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -232,11 +232,11 @@ def _joined(x):
 
 
 @triton.jit
-def project_many(dt, weight, bias, order, start, left, apart, block, D: tl.constexpr, R: tl.constexpr,
+def project_many(dt, weight, bias, walk, start, left, apart, block, D: tl.constexpr, R: tl.constexpr,
                  ROW: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
                  ORDER: tl.constexpr):
     """As ``project``, of ranks too many for a program to hold: sixteen after sixteen, from memory."""
-    token, here = tokens_of_rows(order, start, left, apart, STEPS, ORDER)
+    token, here = tokens_of_rows(walk, start, left, apart, STEPS, ORDER)
     dt += (0 if ORDER else start) * ROW
     d = _product_channels(block, WARPS, CHANNELS)
     v = tl.broadcast_to(bias, (WARPS, GROUPS * STEPS, CHANNELS))
@@ -272,13 +272,13 @@ def rows_of_steps(STEPS: tl.constexpr):
 
 
 @triton.jit
-def tokens_of_rows(order, start, left, apart, STEPS: tl.constexpr, ORDER: tl.constexpr):
+def tokens_of_rows(walk, start, left, apart, STEPS: tl.constexpr, ORDER: tl.constexpr):
     """The tokens of ``rows_of_steps``, as ``places`` gives them, and whether they are there."""
     step, group = rows_of_steps(STEPS)
     token = group * apart + step
     here = token < left
     if ORDER:
-        token = tl.load(order + start + token, mask=here, other=0).to(tl.int64)
+        token = token_at(walk, start + token, here, ORDER).to(tl.int64)
     return token, here
 
 

@@ -12,13 +12,11 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmvssm.kernels import (
-    cross_scan_order,
     from_quadtree,
     residual_norm,
     select_window,
     selective_scan,
     to_quadtree,
-    two_way_order,
     window_scores,
 )
 from mmvssm.kernels._core.precision import autocast_on, compute_dtype
@@ -135,10 +133,10 @@ class MultiDirectionSSM(nn.Module):
     def mix(self, x):
         """The tokens of a map (B, H, W, inner) with each other."""
         _, height, width, _ = x.shape
-        return self.scan(x.flatten(1, 2), cross_scan_order(height, width, x.device)).unflatten(1, (height, width))
+        return self.scan(x.flatten(1, 2), (height, width)).unflatten(1, (height, width))
 
     def scan(self, x, order):
-        """Scan a sequence (B, L, inner) along the K rows of ``order`` (K, L) and sum."""
+        """Scan a sequence (B, L, inner) in the K directions of ``order``, see ``selective_scan``, and sum."""
         K = self.directions
         dt, B, C = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1)).split(
             (self.rank, self.d_state, self.d_state), -1)
@@ -184,7 +182,7 @@ class QuadtreeSSM(MultiDirectionSSM):
         selected = select_window(logits, sample=self.training)
         options = dict(shift=shift, token_order=self.token_order)
         sequence = to_quadtree(x, selected, **options)
-        sequence = self.scan(sequence, two_way_order(sequence.shape[1], x.device))
+        sequence = self.scan(sequence, (padded_height, padded_width))
         return from_quadtree(sequence, selected, padded_height, padded_width, **options)[:, :height, :width]
 
 

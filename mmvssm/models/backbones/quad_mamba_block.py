@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmvssm.kernels import cross_scan_order, two_way_order
 from mmvssm.kernels.selective_scan.dispatch import MOST_RANKS
 from mmvssm.kernels.selective_scan.ops import CHUNK
 
@@ -132,7 +131,7 @@ def parameters_of(block, x, branch, scale):
 
 
 def _forward(inputs, constants, dtype, kept):
-    x, branch, scale, scale2, order, noise, *parameters = inputs
+    x, branch, scale, scale2, noise, *parameters = inputs
     norm, conv, scan, _, quadtree, selection = _rooms()
     (norm_w, norm_b, _, conv_w, _, dt_w, dt_b, A_logs, Ds, out_norm_w, out_norm_b, _, norm2_w, norm2_b,
      *_) = parameters[:_PREDICTOR]
@@ -169,8 +168,8 @@ def _forward(inputs, constants, dtype, kept):
         keep(selected, soft, s)
     p = F.linear(s.view(rows, inner), x_w.reshape(-1, inner)).view(batch, length, K, -1)
     dt, B, C = p.split((rank, d_state, d_state), -1)
-    y, states = scan.forward(s, dt, A_logs.view(K, inner, d_state), B, C, dt_w, dt_b, Ds.view(K, inner), order,
-                             chunk=CHUNK, log=True)
+    y, states = scan.forward(s, dt, A_logs.view(K, inner, d_state), B, C, dt_w, dt_b, Ds.view(K, inner),
+                             (height, width), chunk=CHUNK, log=True)
     del u, s, dt, B, C
     keep(p, states, y)
     del p, states
@@ -190,7 +189,7 @@ def _forward(inputs, constants, dtype, kept):
 
 
 def _backward(grad_y2, grad_out, constants, needed, inputs, kept):
-    x, branch, scale, scale2, order, _, *parameters = inputs
+    x, branch, scale, scale2, _, *parameters = inputs
     norm, conv, scan, gelu, quadtree, selection = _rooms()
     (norm_w, norm_b, _, conv_w, _, dt_w, dt_b, A_logs, Ds, out_norm_w, out_norm_b, _, norm2_w, norm2_b,
      *_) = parameters[:_PREDICTOR]
@@ -235,8 +234,8 @@ def _backward(grad_y2, grad_out, constants, needed, inputs, kept):
     grad_p = torch.empty_like(p)
     grad_dt, grad_B, grad_C = grad_p.split((rank, d_state, d_state), -1)
     grad_s, _, grads[7], _, _, *grads[5:7], grads[8] = scan.backward(
-        grad_y, s, dt, A_logs.view(K, inner, d_state), B, C, dt_w, dt_b, Ds.view(K, inner), order, states, chunk=CHUNK,
-        log=True, grad_dt=grad_dt, grad_B=grad_B, grad_C=grad_C)
+        grad_y, s, dt, A_logs.view(K, inner, d_state), B, C, dt_w, dt_b, Ds.view(K, inner), (height, width), states,
+        chunk=CHUNK, log=True, grad_dt=grad_dt, grad_B=grad_B, grad_C=grad_C)
     grads[7], grads[8] = grads[7].view(A_logs.shape), grads[8].view(Ds.shape)
     del grad_y
     grad_p = grad_p.view(rows, -1)
@@ -277,8 +276,8 @@ def _backward(grad_y2, grad_out, constants, needed, inputs, kept):
     return grad_x, grad_x if shared else grad_branch, grads
 
 
-#: Blocks by x, branch, scale, scale2, the scan's token order and the noise of the selection, and parameters.
-function = BlockFunction('QuadMamba', 6, (5, 7, FC1), _forward, _backward)
+#: Blocks by x, branch, scale, scale2, the noise of the selection, and parameters.
+function = BlockFunction('QuadMamba', 5, (5, 7, FC1), _forward, _backward)
 
 
 def _constants(block, height):
@@ -292,30 +291,14 @@ def _constants(block, height):
     return _Constants((*eps, mixer.score_predictor.in_conv[0].eps), shift, mixer.scored_shift(shift), mixer.token_order)
 
 
-@functools.lru_cache(maxsize=64)
-def _kept_order(quadtree, height, width, device, stream):
-    return _order(quadtree, height, width, device)
-
-
-def _order(quadtree, height, width, device, stream=None):
-    with torch.inference_mode(False):
-        return two_way_order(height * width, device) if quadtree else cross_scan_order(height, width, device)
-
-
 def run(block, x, branch, scale, scale2, parameters):
     """The result of ``block`` and the branch that is yet to be added to it; ``scale2`` is the stochastic depth of the
     mixer's branch."""
-    batch, height, width, _ = x.shape
-    quadtree, noise = len(parameters) > _PREDICTOR, None
-    make_order, stream = _kept_order, None
-    if x.is_cuda:
-        stream = torch._C._cuda_getCurrentRawStream(x.get_device())  # other streams would have to wait for this one
-        if torch.cuda.is_current_stream_capturing():  # what a CUDA graph reads has to live as long as that
-            make_order = _order
-    order = make_order(quadtree, height, width, x.device, stream)
-    if quadtree and block.op.training:
+    batch, height, _, _ = x.shape
+    noise = None
+    if len(parameters) > _PREDICTOR and block.op.training:
         noise = torch.empty((batch, 4), dtype=torch.float32, device=x.device).exponential_()
-    return function((x, branch, scale, scale2, order, noise, *parameters), _constants(block, height))
+    return function((x, branch, scale, scale2, noise, *parameters), _constants(block, height))
 
 
 def compile_kernels(stages, x):
@@ -337,6 +320,6 @@ def launches_of(stages, x, backward):
         if quadtree and (height % 4 or width % 4):
             return None
         noise = torch.empty((batch, 4), dtype=torch.float32, device='meta') if quadtree and block.op.training else None
-        return _constants(block, height), (_order(quadtree, height, width, 'meta'), noise), parameters
+        return _constants(block, height), (noise,), parameters
 
     return block_function.block_launches(function, stages, x, backward, case_of)
