@@ -6,7 +6,14 @@ from .triton_support import INTERPRETED
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
+#: Numbers are divided by one that is the same for all by a product and a shift by so many bits, see ``magic_of``.
+DIVISION = tl.constexpr(30)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def magic_of(divisor):
+    """``m`` so that ``n * m >> DIVISION`` is ``n // divisor`` for all ``n`` with ``n * divisor < 2**DIVISION``."""
+    return -(-(1 << DIVISION.value) // divisor)
 
 
 @triton.jit

@@ -65,14 +65,14 @@ def _sum_of(gains, image, L, window, TOKENS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=['height', 'width', 'dy', 'dx'])
-def _select_backward(z, soft, gains, more_gains, grad_z, height, width, dy, dx, TOKENS: tl.constexpr):
+def _select_backward(z, soft, gains, grad_z, height, width, dy, dx, TOKENS: tl.constexpr):
     """One image: the gradient of ``z`` from those of the selection, by token, as through the softmax."""
     image = tl.program_id(0).to(tl.int64)
     L = height * width
     four = tl.arange(0, 4)
     grad = tl.zeros([4], tl.float32)
     for i in tl.static_range(4):
-        total = _sum_of(gains, image, L, i, TOKENS) + _sum_of(more_gains, image, L, i, TOKENS)
+        total = _sum_of(gains, image, L, i, TOKENS)
         grad = tl.where(four == i, total, grad)
     weights = tl.load(soft + image * 4 + four)
     grad = weights * (grad - tl.sum(weights * grad, 0)) * 4 / L
@@ -107,10 +107,10 @@ def select(z, noise, height, width, shift, keeps):
     return selected, soft
 
 
-def select_backward(z, soft, gains, more_gains, height, width, shift):
-    """The gradient of ``z``. ``gains``, ``more_gains``: (batch, 4, height * width / 4), float32, what the selection of
-    a window adds to the loss by each of its tokens."""
+def select_backward(z, soft, gains, height, width, shift):
+    """The gradient of ``z``. ``gains``: (batch, 4, height * width / 4), float32, what the selection of a window adds to
+    the loss by each of its tokens."""
     grad_z = torch.empty_like(z)
-    launch(_select_backward, (z.shape[0], 1, 1), z, soft, gains, more_gains, grad_z, *_map(height, width, shift),
+    launch(_select_backward, (z.shape[0], 1, 1), z, soft, gains, grad_z, *_map(height, width, shift),
            _TOKENS, num_warps=_WARPS)
     return grad_z

@@ -11,7 +11,7 @@ _WARPS = 4
 
 
 @triton.jit
-def _walk(position, height, width, parts, RELEASED: tl.constexpr):
+def walk_by(position, height, width, parts, RELEASED: tl.constexpr):
     """The row and column, of the rolled map, at a position of the walk by a grid of ``parts`` x ``parts`` windows; not
     ``RELEASED``, a window of the 2 x 2 grid is walked to its end before the next."""
     h, w = height // parts, width // parts
@@ -23,8 +23,8 @@ def _walk(position, height, width, parts, RELEASED: tl.constexpr):
 
 
 @triton.jit
-def _position(row, column, height, width, parts, RELEASED: tl.constexpr):
-    """The inverse of ``_walk``."""
+def position_of(row, column, height, width, parts, RELEASED: tl.constexpr):
+    """The inverse of ``walk_by``."""
     h, w = height // parts, width // parts
     down, right = row // h, column // w
     window = down * parts + right
@@ -34,7 +34,7 @@ def _position(row, column, height, width, parts, RELEASED: tl.constexpr):
 
 
 @triton.jit
-def _token(row, column, height, width, dy, dx):
+def token_at(row, column, height, width, dy, dx):
     """The token that a roll by ``dy`` and ``dx``, not negative, brought to a row and column."""
     return (row + height - dy) % height * width + (column + width - dx) % width
 
@@ -71,15 +71,15 @@ def _reorder(x, selected, y, height, width, dy, dx, dim, stride, UNIT: tl.conste
         row, column = (place // width + dy) % height, (place % width + dx) % width
         coarse_window = _window(row, column, height, width)
         fine_window = coarse_window
-        coarse = _position(row, column, height, width, 2, True)
-        fine = _position(row, column, height, width, 4, RELEASED)
+        coarse = position_of(row, column, height, width, 2, True)
+        fine = position_of(row, column, height, width, 4, RELEASED)
     else:
-        row, column = _walk(place, height, width, 2, True)
+        row, column = walk_by(place, height, width, 2, True)
         coarse_window = _window(row, column, height, width)
-        coarse = _token(row, column, height, width, dy, dx)
-        row, column = _walk(place, height, width, 4, RELEASED)
+        coarse = token_at(row, column, height, width, dy, dx)
+        row, column = walk_by(place, height, width, 4, RELEASED)
         fine_window = _window(row, column, height, width)
-        fine = _token(row, column, height, width, dy, dx)
+        fine = token_at(row, column, height, width, dy, dx)
     outside = 1 - tl.load(selected + image * 4 + coarse_window, mask=in_l, other=0.0).to(tl.float32)
     inside = tl.load(selected + image * 4 + fine_window, mask=in_l, other=0.0).to(tl.float32)
     value = outside[:, None] * _rows_of(x, image, coarse, in_l & (outside != 0), channel, in_d, L, STRIDE)
@@ -98,9 +98,9 @@ def _gains(tokens, sequence, gains, height, width, dy, dx, dim, token_stride, se
     image = (pid // tiles).to(tl.int64)
     coarse = pid % tiles * ROWS + tl.arange(0, ROWS)
     in_l = coarse < L
-    row, column = _walk(coarse, height, width, 2, True)
-    token = _token(row, column, height, width, dy, dx)
-    fine = _position(row, column, height, width, 4, RELEASED)
+    row, column = walk_by(coarse, height, width, 2, True)
+    token = token_at(row, column, height, width, dy, dx)
+    fine = position_of(row, column, height, width, 4, RELEASED)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         channel = start + tl.arange(0, BLOCK_D)

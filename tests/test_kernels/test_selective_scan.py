@@ -7,6 +7,9 @@ from kernel_testing import DEVICES, Call, calls, room
 from mmengine.analysis import FlopAnalyzer
 
 from mmvssm.kernels import cross_scan_order, selective_scan, selective_scan_reference, two_way_order, use_backend
+from mmvssm.kernels._core.cases import relative_error
+from mmvssm.kernels._core.triton_support import why_not_triton
+from mmvssm.kernels.quadtree import quadtree_reference
 from mmvssm.kernels.selective_scan.orders import order_of_map
 
 CASES = room('selective_scan', 'cases').CASES
@@ -186,6 +189,53 @@ def test_map_too_large_to_divide_has_a_table(monkeypatch, device):
     monkeypatch.setattr(blocks, 'order_of_map', lambda *a: tables.append(a) or order_of_map(*a))
     call.check(call.evaluate(call.inputs(torch.float32)), call.expected(call.inputs(torch.float32)))
     assert [a[:2] for a in tables] == [((7, 11), 4)] * 2
+
+
+@pytest.mark.parametrize('in_turn', [False, True], ids=['apart', 'in_turn'])
+@pytest.mark.parametrize('token_order', ['released', 'quadtree'])
+@pytest.mark.parametrize('windows, height, width, dim, rank, d_state, shift', [
+    ((0, 1, 2, 3), 8, 12, 5, 2, 1, (1, -2)), ((3, 1), 12, 4, 20, 3, 2, (-1, 1)), ((2,), 24, 20, 16, 2, 1, (-3, 3)),
+    ((1,), 8, 8, 5, 70, 1, (0, 0))], ids=['windows', 'states', 'segments', 'rank_70'])
+@pytest.mark.parametrize('device', DEVICES)
+def test_quadtree_in_the_kernels(monkeypatch, device, windows, height, width, dim, rank, d_state, shift, token_order,
+                                 in_turn):
+    """As re-ordered before and after the scan; and what the selection of windows adds to the loss."""
+    with use_backend('triton'):
+        reason = why_not_triton(torch.empty(1, device=device))
+    if reason:
+        pytest.skip(reason)
+    triton, blocks = room('selective_scan', 'triton'), room('selective_scan', 'triton.blocks')
+    monkeypatch.setattr(blocks, '_FEW_BYTES', 0 if in_turn else 2**60)
+    g, batch, length = torch.Generator().manual_seed(height), len(windows), height * width
+    selected = torch.nn.functional.one_hot(torch.tensor(windows), 4).double().requires_grad_()
+    x, dt, B, C, dt_weight, dt_bias, D = (torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
+                                          for shape in (
+        (batch, length, dim), (batch, length, 2, rank), *[(batch, length, 2, d_state)] * 2, (2, dim, rank), (2, dim),
+        (2, dim)))
+    A = (-torch.rand(2, dim, d_state, generator=g, dtype=torch.float64)).requires_grad_()
+
+    def reorder(t, inverse=False):
+        return quadtree_reference(t.flatten(2), selected, height, width, shift, token_order, inverse).view(t.shape)
+
+    y = reorder(selective_scan_reference(reorder(x), reorder(dt), A, reorder(B), reorder(C), dt_weight=dt_weight,
+                                         dt_bias=dt_bias, D=D, order=(height, width)), True)
+    grad_y = torch.randn(y.shape, generator=g, dtype=torch.float64)
+    tensors = x, dt, A, B, C, dt_weight, dt_bias, D
+    expected = torch.autograd.grad(y, (*tensors, selected), grad_y)
+
+    args = [t.detach().to(device, torch.float32) for t in tensors]
+    order = triton.Quadtree(selected.detach().to(device, torch.float32), height, width, shift, token_order)
+    got, states = triton.forward(*args, order, chunk=32)
+    assert relative_error(got, y.detach()) <= 2e-6
+    grad_y = grad_y.to(device, torch.float32)
+    *grads, rest = (*triton.backward(grad_y, *args, order, states, chunk=32), None)[:9]
+    for t, grad, exact in zip('x dt A B C dt_weight dt_bias D'.split(), grads, expected):
+        assert relative_error(grad, exact) <= 5e-6, t
+    p, grad_p = (torch.cat([t[i] for i in (1, 3, 4)], -1) for t in (args, grads))
+    gains = triton.gains_of(grad_y, got, args[0], grads[0], p, grad_p, rest, order).sum(2)
+    assert relative_error(gains, expected[8]) <= 5e-6
+    order = order._replace(selected=torch.full_like(order.selected, float('nan')))
+    assert triton.forward(*args, order, chunk=32)[0].isnan().all()
 
 
 @pytest.mark.parametrize('make, sizes, message', [

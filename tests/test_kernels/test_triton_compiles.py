@@ -62,7 +62,7 @@ for dtype in (torch.float32, torch.bfloat16):
         ((2, 96, 2), dtype), ((2, 4), torch.float32), ((2, 4, 24), torch.float32)))
     selection.select(z, None, 8, 12, (0, 0), False)
     _, soft = selection.select(z, noise, 8, 12, (1, -1), True)
-    selection.select_backward(z, soft, gains, gains, 8, 12, (1, -1))
+    selection.select_backward(z, soft, gains, 8, 12, (1, -1))
 """
 
 
@@ -75,3 +75,43 @@ def test_selection_compiles_for_a_gpu():
     assert len(kernels) == 6
     assert not any(kernel['spilled'] for kernel in kernels), kernels
     assert all(kernel['parameters'] and kernel['first'] for kernel in kernels), kernels
+
+
+QUADTREE = """
+import functools, sys
+from importlib import import_module
+import torch
+from compile_for_gpu import report
+triton = import_module('mmvssm.kernels.selective_scan.triton')
+for name in ('forward', 'backward', 'blocks', 'quadtree'):
+    import_module(f'{triton.__name__}.{name}').launch = functools.partial(report, case='quadtree')
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device='meta')
+
+x, p = empty(128, 3136, 192, dtype=torch.bfloat16), empty(128, 3136, 2, 8, dtype=torch.bfloat16)
+dt, B, C = p.split((6, 1, 1), -1)
+order = triton.Quadtree(empty(128, 4), 56, 56, (7, -7), sys.argv[1])
+args = x, dt, empty(2, 192, 1), B, C, empty(2, 192, 6), empty(2, 192), empty(2, 192), order
+y, states = import_module(f'{triton.__name__}.forward').forward(*args, chunk=32)
+*_, rest = import_module(f'{triton.__name__}.backward').backward(x, *args, states, chunk=32)
+rest = rest if sys.argv[1] == 'released' else None
+import_module(f'{triton.__name__}.quadtree').gains_of(x, y, x, x, p, p, rest, order)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Triton is for Linux')
+@pytest.mark.parametrize('token_order', ['released', 'quadtree'])
+def test_quadtree_compiles_for_a_gpu(token_order):
+    """As wide loads as without an order, and no more barriers: what threads tell each other of tokens takes neither."""
+    done = subprocess.run([sys.executable, '-c', QUADTREE, token_order], capture_output=True, text=True,
+                          cwd=pathlib.Path(__file__).parent, env={**os.environ, 'TRITON_INTERPRET': '0'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = {kernel['kernel']: kernel for kernel in map(json.loads, done.stdout.splitlines())}
+    assert {'_scan', '_scan_backward', '_finish_tokens', '_gains'} <= kernels.keys()
+    for kernel in kernels.values():
+        assert kernel['spilled'] <= SPILLS.get(kernel['kernel'], 0), kernel
+        assert kernel['parameters'], kernel
+        assert kernel['first'], kernel
+    assert kernels['_scan']['barriers'] <= 1, kernels['_scan']  # between directions
+    assert kernels['_scan']['shared'] == 0, kernels['_scan']

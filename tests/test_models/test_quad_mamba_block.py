@@ -241,7 +241,7 @@ def test_launches_are_known_beforehand():
     model = QuadMamba(dict(embed_dims=8, depths=(3, 1, 1, 1)), drop_path_rate=0.5).to(DEVICE).train()
     names = {kernel.__name__ for kernel, *_ in fused.launches_of(
         model.layers, torch.empty(1, 16, 16, 8, device=DEVICE), True)}
-    assert {'_scan', '_scan_backward', '_reorder', '_gains', '_select', '_select_backward', '_gelu_backward'} <= names
+    assert {'_scan', '_scan_backward', '_gains', '_select', '_select_backward', '_gelu_backward'} <= names
     padded = {kernel.__name__ for kernel, *_ in fused.launches_of(
         model.layers, torch.empty(1, 13, 13, 8, device=DEVICE), True)}
     assert '_scan' in padded

@@ -1,4 +1,5 @@
 from .backward import backward
 from .forward import forward
+from .quadtree import Quadtree, gains_of
 
-__all__ = ['backward', 'forward']
+__all__ = ['Quadtree', 'backward', 'forward', 'gains_of']

@@ -10,11 +10,15 @@ from .blocks import (
     RUNTIME,
     Launch,
     add_directions,
+    add_pairs,
+    add_steps,
+    among_tokens,
     ask_now,
     assignment,
     both_ways,
     fours,
     inside_of,
+    is_token,
     load_rate,
     load_scalars,
     load_steps,
@@ -23,6 +27,7 @@ from .blocks import (
     prefetch,
     row_at,
     state_before,
+    store_rows,
     store_steps,
     through_groups,
     token_at,
@@ -45,6 +50,7 @@ from .projection import (
     split_tf32,
     to_product,
 )
+from .quadtree import has_seconds, poison_of, second_of
 
 #: Warps of a program. A block of tokens is a chunk.
 _WARPS = 4
@@ -64,7 +70,7 @@ def _load(x, dt, B, C, grad, walk, start, left, apart, d, in_d, R: tl.constexpr,
     ``of_steps`` ``C`` and ``B``; nothing of ``x`` and ``B`` with ``MAPS``."""
     begin = 0 if ORDER else start
     runs = tl.arange(0, GROUPS) * apart
-    rows, here = places(walk, start, runs, left, STEPS, ORDER)
+    rows, here = places(walk, start, runs, left, d.shape[1], STEPS, ORDER)
     low = ()
     if PAIRS:
         low = load_pairs(dt + begin * DT_ROW, rows, here, R, d.shape[1], DT_ROW, ORDER)
@@ -77,6 +83,18 @@ def _load(x, dt, B, C, grad, walk, start, left, apart, d, in_d, R: tl.constexpr,
     if not MAPS:
         us = load_steps(x + begin * X_ROW, rows, here, d, in_d, X_ROW, ORDER)
         bs = load_scalars(B, walk, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
+    if ORDER == 5:
+        if has_seconds(walk, start, (GROUPS - 1) * apart + STEPS):
+            seconds, here = places(walk, start, runs, left, d.shape[1], STEPS, ORDER, True)
+            if PAIRS:
+                low = add_pairs(low, load_pairs(dt, seconds, here, R, d.shape[1], DT_ROW, ORDER))
+            elif SLOTS:
+                low = add_steps(low, load_ranks(dt, seconds, here, R, RANKS, d.shape[1], DT_ROW, ORDER))
+            grads = add_steps(grads, load_steps(grad, seconds, here, d, in_d, GRAD_ROW, ORDER))
+            cs = add_steps(cs, load_scalars(C, walk, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER, True))
+            if not MAPS:
+                us = add_steps(us, load_steps(x, seconds, here, d, in_d, X_ROW, ORDER))
+                bs = add_steps(bs, load_scalars(B, walk, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER, True))
     return low, grads, cs, us, bs, rows if ORDER and not MAPS else ()
 
 
@@ -118,7 +136,7 @@ def _widen(low, grads, cs, us, bs, rows, PAIRS: tl.constexpr):
 @triton.jit(do_not_specialize=[*RUNTIME, 'group'])
 def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps, sums_x, grad_x, grad_delta,
                    token_sums, sums, turns, group, turn, L, chunks, segs, each, dt_image, B_image, C_image,
-                   order_image, order_row, height, magic,
+                   order_image, order_row, height, magic, magic_rows, roll_y, roll_x,
                    D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr,
                    DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr,
                    C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
@@ -141,6 +159,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     WIDTH: tl.constexpr = max(8, RANKS)
     APART: tl.constexpr = K > 1 and AT_ONCE == K
     ADDS: tl.constexpr = (N > 1 or K > 1 and not APART) and not MAPS
+    ROWS = L + (L // 8 if ORDER == 5 else 0)
     program = tl.program_id(0)
     if AT_ONCE == 0:
         program, turn = _take_ticket(turns, group, K)
@@ -159,10 +178,10 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     if ADDS:
         sums_x += summed * L * D
     if N > 1:
-        grad_delta += summed * L * D
-    token_sums += (row * BLOCKS + block) * L * COLUMNS
+        grad_delta += summed * ROWS * D
+    token_sums += (row * BLOCKS + block) * ROWS * COLUMNS
     sums += ((image * segs + seg) * K + k) * SUMS * D
-    walk = walk_of(order, image, k, L, K, order_image, order_row, height, magic, ORDER)
+    walk = walk_of(order, image, k, L, K, order_image, order_row, height, magic, magic_rows, roll_y, roll_x, ORDER)
     bias += k * D
     if PAIRS:
         weights = load_projection_pairs(weight, block, D, R, WARPS, CHANNELS)
@@ -195,7 +214,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
     if AT_ONCE == 0:
         _wait_for_turn(turns, program, k)
     for n in range(first_n, first_n + N // NS):
-        rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
+        rate = load_rate(A + k * D * N + d * N + n, LOG, in_d) + poison_of(walk, ORDER)
         grad_n = grad + (0 if OUTPUT else n * D)
         total = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
         sum_rate = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
@@ -209,13 +228,15 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
         loaded = _widen(*loaded, PAIRS)
         for i in tl.range(0, count, num_stages=1):
             low, grads, cs, us, bs, rows = loaded
+            back = count - 1 - i
+            start = first + back * ahead
+            left = (L - start).to(tl.int32)
+            if ORDER == 5:
+                seconds = has_seconds(walk, start, (GROUPS - 1) * apart + STEPS)
             if OUTPUT:
                 cs = of_steps(cs, STEPS, CHANNELS)
             if not MAPS:
                 bs = of_steps(bs, STEPS, CHANNELS)
-            back = count - 1 - i
-            start = first + back * ahead
-            left = (L - start).to(tl.int32)
             if not MAPS:  # in units of log(2), as steps are
                 soon = tl.maximum(start // CHUNK - 2, 0)
                 prefetch(states + ((row * chunks + soon) * N + n) * D
@@ -228,6 +249,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
             if ADDS:  # of the first direction and state, no token has a sum so far
                 at = sums_x + (0 if ORDER else start) * D
                 before = inside_of(tl.arange(0, GROUPS) * STEPS, tl.where(n + (0 if APART else k) > 0, left, 0), STEPS)
+                before = among_tokens(walk, rows, before, ORDER)
                 parts = load_steps(at, rows if ORDER else (tl.arange(0, GROUPS) * STEPS,) * STEPS, before, d, in_d, D,
                                    ORDER)
             if MAPS:
@@ -274,7 +296,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                 steps, sums_B, sums_C, ats, dxs = (), (), (), (), ()
                 for s in tl.static_range(STEPS - 1, -1, -1):
                     inside = here[s][:, None, None] & in_d
-                    at = begin * D + row_at(rows[s], D, ORDER) + d + (0 if ORDER else s * D)
+                    at = begin * D + row_at(rows[s], D, ORDER, CHANNELS) + d + (0 if ORDER else s * D)
                     adjoint = _times(cs, grads, s) + behind
                     if OUTPUT:
                         h = decays[s] * befores[s] + deltas[s] * drives[s]
@@ -297,6 +319,7 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                         dx += parts[s]
                     ats, dxs = (at,) + ats, (dx,) + dxs
                     steps = (dv * slopes[s],) + steps
+                here = among_tokens(walk, rows, here, ORDER)
                 if not ADDS or APART or k * N + n == K * N - 1:
                     store_steps(grad_x, ats, dxs, here, in_d)
                 else:
@@ -305,9 +328,11 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                 if ORDER:
                     at = token_at(walk, start + token, token < left, ORDER).to(tl.int64)
                 columns = token_sums + begin * COLUMNS + at * COLUMNS + R + n
-                tl.store(columns, LN2 * _over_warps(sums_B, CHUNK), mask=token < left)
+                of_B = LN2 * _over_warps(sums_B, CHUNK)
+                tl.store(columns, of_B, mask=token < left)
                 if OUTPUT:
-                    tl.store(columns + N, LN2 * _over_warps(sums_C, CHUNK), mask=token < left)
+                    of_C = LN2 * _over_warps(sums_C, CHUNK)
+                    tl.store(columns + N, of_C, mask=token < left)
                 if N == 1 or n == N - 1:
                     for s in tl.static_range(STEPS):
                         sum_bias += steps[s]
@@ -323,7 +348,16 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                     out_at = token_sums + begin * COLUMNS + spot[:, None] * COLUMNS + column[None, :]
                     out = _sum_last(tl.permute(out, (1, 2, 0)))
                     tl.store(out_at, out, mask=in_l[:, None] & (column < R)[None, :])
-                    dts = load_tile(dt + begin * DT_ROW, spot, column, in_l, DT_ROW, R).to(tl.float32)
+                    is_read = is_token(walk, spot, in_l, ORDER)
+                    dts = load_tile(dt + begin * DT_ROW, spot, column, is_read, DT_ROW, R).to(tl.float32)
+                    if ORDER == 5:
+                        if seconds:
+                            second, there = second_of(walk, start + product_token, in_l)
+                            second = second.to(tl.int64)
+                            more = load_tile(dt, second, column, there, DT_ROW, R)
+                            dts = (dts + more.to(tl.float32)).to(dt.dtype.element_ty).to(tl.float32)
+                            copies = token_sums + second[:, None] * COLUMNS + column[None, :]
+                            tl.store(copies, out, mask=there[:, None] & (column < R)[None, :])
                     dts = tl.broadcast_to(dts[None, :, :], (WARPS, CHUNK, WIDTH))
                     high, rest = split_tf32(tl.permute(all_dv, (0, 2, 1)))
                     if dt.dtype.element_ty == tl.float32:
@@ -331,6 +365,15 @@ def _scan_backward(x, dt, A, B, C, weight, bias, skip, order, grad, states, maps
                         sum_weight = tl.dot(high, dts_rest, sum_weight, input_precision='tf32')
                     sum_weight = tl.dot(high, dts, sum_weight, input_precision='tf32')
                     sum_weight = tl.dot(rest, dts, sum_weight, input_precision='tf32')
+                if ORDER == 5:
+                    if seconds:
+                        if not ADDS or APART or k * N + n == K * N - 1:
+                            spots, there = places(walk, start, runs, left, WARPS, STEPS, ORDER, True)
+                            store_rows(grad_x, spots, dxs, there, d, in_d, D)
+                        second, there = second_of(walk, start + token, token < left)
+                        copies = token_sums + second.to(tl.int64) * COLUMNS + R + n
+                        tl.store(copies, of_B, mask=there)
+                        tl.store(copies + N, of_C, mask=there)
             loaded = _widen(*following, PAIRS)
         if MAPS:
             a, r, _, _ = through_groups(exp2(rate * total), carry, True)
@@ -406,22 +449,27 @@ def _finish_parameters(sums, A, grad_A, grad_weight, grad_bias, grad_skip, parts
         tl.store(grad_skip + k * D + d, total, mask=in_d)
 
 
-@triton.jit(do_not_specialize=['L', 'images'])
-def _finish_tokens(token_sums, grad_dt, grad_B, grad_C, images, L, BLOCKS: tl.constexpr, N: tl.constexpr,
-                   K: tl.constexpr, R: tl.constexpr, ROW_DT: tl.constexpr, ROW_B: tl.constexpr, ROW_C: tl.constexpr,
-                   COLUMNS: tl.constexpr, LANES: tl.constexpr, VALUES: tl.constexpr):
-    """Add up ``token_sums`` (batch, K, blocks of channels, L, COLUMNS) in a fixed order."""
+@triton.jit(do_not_specialize=['L', 'rows', 'images'])
+def _finish_tokens(token_sums, grad_dt, grad_B, grad_C, grad_rest, images, L, rows, BLOCKS: tl.constexpr,
+                   N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, ROW_DT: tl.constexpr, ROW_B: tl.constexpr,
+                   ROW_C: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, VALUES: tl.constexpr):
+    """Add up ``token_sums`` (batch, K, blocks of channels, rows, COLUMNS) in a fixed order. What is in rows behind L
+    goes to ``grad_rest`` (batch, rows - L, K, COLUMNS)."""
     token = tl.program_id(0) * VALUES + tl.arange(0, VALUES).to(tl.int64)
     column = tl.arange(0, LANES)
-    count = images.to(tl.int64) * K * L
+    count = images.to(tl.int64) * K * rows
     inside = (token < count)[:, None] & (column < COLUMNS)[None, :]
     total = tl.zeros([VALUES, LANES], tl.float32)
-    image, k, t = token // L // K, token // L % K, token % L
+    image, k, t = token // rows // K, token // rows % K, token % rows
     for block in range(BLOCKS):
-        at = (token // L * BLOCKS + block) * L + t
+        at = (token // rows * BLOCKS + block) * rows + t
         total += tl.load(token_sums + at[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
-    out = ((image * L + t) * K + k)[:, None]
     column = column[None, :]
+    if grad_rest is not None:
+        rest = ((image * (rows - L) + t - L) * K + k)[:, None] * COLUMNS + column
+        tl.store(grad_rest + rest, total, mask=inside & (t >= L)[:, None])
+        inside = inside & (t < L)[:, None]
+    out = ((image * L + t) * K + k)[:, None]
     tl.store(grad_dt + out * ROW_DT + column, total, mask=inside & (column < R))
     tl.store(grad_B + out * ROW_B + column - R, total, mask=inside & (column >= R) & (column < R + N))
     tl.store(grad_C + out * ROW_C + column - R - N, total, mask=inside & (column >= R + N))
@@ -430,7 +478,10 @@ def _finish_tokens(token_sums, grad_dt, grad_B, grad_C, images, L, BLOCKS: tl.co
 def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, log=False, grad_dt=None, grad_B=None,
              grad_C=None):
     """Gradients of the eight tensors before ``order``; None for those that are None. ``log`` as in forward.
-    ``grad_dt``, ``grad_B``, ``grad_C``: where to put those, rows evenly spaced; all others are dense."""
+    ``grad_dt``, ``grad_B``, ``grad_C``: where to put those, rows evenly spaced; all others are dense.
+
+    Of a quadtree in the order 'released' a ninth comes after them: of the positions where there is no token, see
+    quadtree.py, those of dt, B, C, (batch, L / 8, K, R + 2 N), dtype of ``dt``."""
     run = Launch(x, dt, A, B, C, weight, bias, skip, order, chunk, _WARPS, chunk // 8, log)
     batch, L, D, K, N, R = run.batch, run.L, run.D, run.K, run.N, run.R
     grads = [given if given is not None or t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -443,9 +494,9 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, 
     sums_x, apart = run.sums(), K > 1 and not run.in_turn
     if apart:
         grad_x = sums_x
-    grad_delta = torch.empty_like(sums_x) if N > 1 else None
+    grad_delta = sums_x.new_empty((*sums_x.shape[:-2], run.rows, D)) if N > 1 else None
     columns = R + N + (N if run.output else 0)
-    token_sums = x.new_empty((batch, K, run.blocks, L, columns), **fp32)
+    token_sums = x.new_empty((batch, K, run.blocks, run.rows, columns), **fp32)
     parts, rows = batch * run.segments, R + 1 + N + (skip is not None)
     sums = x.new_empty((parts, K, rows, D), **fp32)
     maps = run.maps(1)
@@ -460,8 +511,9 @@ def backward(grad, x, dt, A, B, C, weight, bias, skip, order, states, *, chunk, 
         run(_scan_backward, K if waits else 1, *buffers, directions=directions, constants=(False, maps is not None))
     launch(_finish_parameters, (cdiv(D, _VALUES), K * rows, 1), sums, run.tensors[2], grad_A, grad_weight, grad_bias,
            grad_skip, parts, D, N, K, R, skip is not None, log, _ROWS, _VALUES)
-    launch(_finish_tokens, (cdiv(batch * K * L, _VALUES), 1, 1), token_sums, grad_dt, grad_B,
-           grad_B if grad_C is None else grad_C, batch, L, run.blocks, N, K, R, as_rows(grad_dt, 3)[1],
-           as_rows(grad_B, 3)[1], N if grad_C is None else as_rows(grad_C, 3)[1], columns, next_power_of_2(columns),
-           _VALUES)
-    return [add_directions(grad_x, x.dtype) if apart else grad_x, *grads[1:]]
+    rest = [dt.new_empty((batch, run.rows - L, K, columns))] if run.rows > L else []
+    launch(_finish_tokens, (cdiv(batch * K * run.rows, _VALUES), 1, 1), token_sums, grad_dt, grad_B,
+           grad_B if grad_C is None else grad_C, rest[0] if rest else None, batch, L, run.rows, run.blocks, N, K, R,
+           as_rows(grad_dt, 3)[1], as_rows(grad_B, 3)[1], N if grad_C is None else as_rows(grad_C, 3)[1], columns,
+           next_power_of_2(columns), _VALUES)
+    return [add_directions(grad_x, x.dtype) if apart else grad_x, *grads[1:], *rest]

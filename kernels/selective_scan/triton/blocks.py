@@ -10,21 +10,21 @@ import triton
 import triton.language as tl
 
 from ..._core.backends import BackendError
-from ..._core.triton_math import LOG2_E, exp2
+from ..._core.triton_math import DIVISION, LOG2_E, exp2, magic_of
 from ..._core.triton_support import INTERPRETED, as_rows, cdiv, launch, next_power_of_2, unit_of
 from ..dispatch import MOST_RANKS
 from ..orders import order_of_map
+from .quadtree import Quadtree, home_of, quadtree_of, second_of
 
 #: Arguments of the kernels that change with the size of the map: no kernel is compiled anew for their values.
 RUNTIME = ['turn', 'L', 'chunks', 'segs', 'each', 'dt_image', 'B_image', 'C_image', 'order_image', 'order_row',
-           'height', 'magic']
+           'height', 'magic', 'magic_rows', 'roll_y', 'roll_x']
 GROUPS = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 #: Kinds of orders: that of memory, a table, or sides of a map, walked row by row forwards and backwards or both so and
-#: column by column. ``token_at`` computes tokens of the last two.
-_NO_ORDER, _TABLE, _BOTH_WAYS, _CROSS = range(4)
-#: Numbers are divided by one that is the same for all by a product and a shift by so many bits, see ``magic_of``.
-DIVISION = tl.constexpr(30)
+#: column by column; or a quadtree's sequence both ways, see quadtree.py. ``token_at`` computes tokens of all but the
+#: first two.
+_NO_ORDER, _TABLE, _BOTH_WAYS, _CROSS, _QUADTREE, _RELEASED = range(6)
 #: Sequences are split where images, directions and blocks of channels alone give fewer warps than the first; into as
 #: many segments as make the second, by the channels of a warp.
 _FEW_WARPS, _ENOUGH_WARPS = 500, {16: 2112, 32: 1584}
@@ -49,11 +49,6 @@ def _segments(warps, blocks, longest, channels=16):
         return 1, max(blocks, 1)
     each = min(max(2, cdiv(blocks * warps, _ENOUGH_WARPS[channels])), longest)
     return cdiv(blocks, each), each
-
-
-def magic_of(divisor):
-    """``m`` so that ``n * m >> DIVISION`` is ``n // divisor`` for all ``n`` with ``n * divisor < 2**DIVISION``."""
-    return cdiv(1 << DIVISION.value, divisor)
 
 
 def _dense(tensor):
@@ -93,13 +88,18 @@ class Launch:
         self.x, x_row = as_rows(x, 2)
         B = _dense(B)
         C = B if C is None else _dense(C)
-        order_image = order_row = height = magic = 0
-        kind = _NO_ORDER
-        if isinstance(order, tuple) and self.L * order[0] >> DIVISION.value:
+        order_image = order_row = height = magic = magic_rows = roll_y = roll_x = 0
+        kind, self.rows = _NO_ORDER, self.L
+        if isinstance(order, Quadtree):
+            kind = _QUADTREE
+            if order.token_order == 'released':
+                kind, self.rows = _RELEASED, self.L + self.L // 8
+            (height, magic, magic_rows, roll_y, roll_x), order = order.arguments(), order.selected
+        elif isinstance(order, tuple) and self.L * order[0] >> DIVISION.value:
             order = order_of_map(order, self.K, x.device)
         if isinstance(order, tuple):
             kind, height, magic, order = _CROSS if self.K > 2 else _BOTH_WAYS, order[0], magic_of(order[0]), None
-        elif order is not None:
+        elif order is not None and kind == _NO_ORDER:
             kind, order = _TABLE, _dense(order)
             order_row = order.stride(-2) if order.dim() > 1 else 0
             order_image = order.stride(0) if order.dim() == 3 else 0
@@ -116,7 +116,8 @@ class Launch:
                                "mmvssm.kernels.use_backend('torch')")
         self.steps = steps
         self.numbers = (self.L, self.chunks, self.segments, self.each, dt.stride(0), B.stride(0),
-                        C.stride(0), order_image, order_row, height, magic, self.D, self.N, self.K, self.R, x_row,
+                        C.stride(0), order_image, order_row, height, magic, magic_rows, roll_y, roll_x,
+                        self.D, self.N, self.K, self.R, x_row,
                         dt.stride(1), dt.stride(2), B.stride(1), B.stride(2), C.stride(1), C.stride(2), ranks, slots,
                         pairs, self.num_warps, self.channels, steps, chunk, self.output, skip is not None,
                         kind, log)
@@ -308,10 +309,13 @@ def inside_of(runs, left, STEPS: tl.constexpr):
 
 
 @triton.jit
-def walk_of(order, image, k, L, K: tl.constexpr, order_image, order_row, height, magic, ORDER: tl.constexpr):
+def walk_of(order, image, k, L, K: tl.constexpr, order_image, order_row, height, magic, magic_rows, roll_y, roll_x,
+            ORDER: tl.constexpr):
     """For ``token_at``: the table of an image and direction, or what computes that. ``ORDER``: see ``_TABLE``."""
     if ORDER == 1:
         return order + image * order_image + k * order_row
+    elif ORDER > 3:
+        return quadtree_of(order + image * 4, k, L, height, magic, magic_rows, roll_y, roll_x, ORDER == 5)
     elif ORDER > 1:
         back = k >= (K + 1) // 2
         return tl.where(back, L - 1, 0), tl.where(back, -1, 1), k % 2 == 1, height, L // height, magic
@@ -322,9 +326,11 @@ def walk_of(order, image, k, L, K: tl.constexpr, order_image, order_row, height,
 @triton.jit
 def token_at(walk, position, here, ORDER: tl.constexpr):
     """Tokens at some positions of a direction's sequence, of which some are ``here``; int32. ``walk``: by ``walk_of``.
-    """
+    Where there is none, of a quadtree, L and more: see ``home_of``."""
     if ORDER == 1:
         return tl.load(walk + position, mask=here, other=0).to(tl.int32)
+    elif ORDER > 3:
+        return home_of(walk, position, ORDER == 5)
     else:
         first, sign, by_columns, height, width, magic = walk
         token = first + sign * position.to(tl.int32)
@@ -335,25 +341,93 @@ def token_at(walk, position, here, ORDER: tl.constexpr):
 
 
 @triton.jit
-def places(walk, start, runs, left, STEPS: tl.constexpr, ORDER: tl.constexpr):
-    """For each step, where the groups' tokens are, as rows behind that of ``start``, or with ``ORDER`` behind the
-    first; and whether they are."""
-    here = inside_of(runs, left, STEPS)
-    rows = ()
-    for s in tl.static_range(STEPS):
-        row = runs
-        if ORDER:
-            row = token_at(walk, start + runs + s, here[s], ORDER)
-        rows = rows + (row,)
-    return rows, here
+def among_tokens(walk, rows, here, ORDER: tl.constexpr):
+    """Which of the rows that are ``here`` are tokens; see ``token_at``."""
+    if ORDER == 5:
+        there = ()
+        for s in tl.static_range(len(here)):
+            there = there + (is_token(walk, rows[s], here[s][:, None, None], ORDER),)
+        return there
+    else:
+        return here
 
 
 @triton.jit
-def row_at(row, ROW: tl.constexpr, ORDER: tl.constexpr):
-    """Where rows of ``places`` begin, [groups, 1, 1]; with ``ORDER`` that may take 64 bits."""
-    if ORDER:
-        row = row.to(tl.int64)
-    return row[:, None, None] * ROW
+def is_token(walk, row, here, ORDER: tl.constexpr):
+    """Whether a row of ``token_at``, if it is ``here``, is a token."""
+    if ORDER == 5:
+        here = here & (row < walk[0])
+    return here
+
+
+@triton.jit
+def places(walk, start, runs, left, WARPS: tl.constexpr, STEPS: tl.constexpr, ORDER: tl.constexpr,
+           SECOND: tl.constexpr = False):
+    """For each step, where the groups' tokens are, as rows behind that of ``start``, or with ``ORDER`` behind the
+    first; and whether they are. ``SECOND``: where positions have a second token, see ``second_of``."""
+    here = inside_of(runs, left, STEPS)
+    rows, there = (), ()
+    if ORDER > 3:
+        for s in tl.static_range(STEPS):
+            if s % 4 == 0:
+                four = _four_places(walk, start, runs + s, left - s, WARPS, ORDER, SECOND)
+            row = tl.gather(four, tl.full(four.shape, s % 4, tl.int32), 2)
+            rows = rows + (row,)
+            there = there + (row >= 0 if SECOND else is_token(walk, row, here[s][:, None, None], ORDER),)
+    else:
+        for s in tl.static_range(STEPS):
+            row = runs
+            if ORDER:
+                row = token_at(walk, start + runs + s, here[s], ORDER)
+            rows, there = rows + (row,), there + (here[s],)
+    return rows, there
+
+
+@triton.jit
+def _four_places(walk, start, runs, left, WARPS: tl.constexpr, ORDER: tl.constexpr, SECOND: tl.constexpr):
+    """The rows of four steps of a quadtree, [groups, warps, 4]: they take some thirty instructions each, so that a
+    thread computes one and asks those beside it. ``SECOND``: -1 where there is none."""
+    token = runs[:, None, None] + tl.arange(0, 4)[None, None, :]
+    here = token < left
+    if SECOND:
+        token, here = second_of(walk, start + token, here)
+        token = tl.where(here, token, -1)
+    else:
+        token = token_at(walk, start + token, here, ORDER)
+    return tl.broadcast_to(token, (GROUPS, WARPS, 4))
+
+
+@triton.jit
+def spread(x, CHANNELS: tl.constexpr):
+    """[groups, warps, 4] as [groups, warps, channels]: a fourth of the channels for each."""
+    x = tl.broadcast_to(tl.reshape(x, x.shape + (1,)), x.shape + (CHANNELS // 4,))
+    return tl.reshape(x, (x.shape[0], x.shape[1], CHANNELS))
+
+
+@triton.jit
+def row_at(row, ROW: tl.constexpr, ORDER: tl.constexpr, CHANNELS: tl.constexpr = 4):
+    """Where rows of ``places`` begin, [groups, 1, 1], or of a quadtree [groups, warps, channels]; with ``ORDER`` that
+    may take 64 bits."""
+    if ORDER > 3:
+        at = row if CHANNELS == 4 else spread(row, CHANNELS)
+        POWER: tl.constexpr = min(ROW & -ROW, 16)  # the compiler does not see through what threads exchange
+        return tl.max_constancy(tl.multiple_of(at.to(tl.int64) * ROW, (1, 1, POWER)), (1, 1, CHANNELS))
+    elif ORDER:
+        return row[:, None, None].to(tl.int64) * ROW
+    else:
+        return row[:, None, None] * ROW
+
+
+@triton.jit
+def mask_at(here, CHANNELS: tl.constexpr = 4):
+    """Which of ``row_at`` are here, by what ``places`` says."""
+    if len(here.shape) == 1:
+        return here[:, None, None]
+    elif CHANNELS > 4 and here.shape[2] == 4:
+        number = spread(here.to(tl.int32), CHANNELS) + 1  # what is added keeps what the compiler is told, see row_at
+        return tl.max_constancy(number, (1, 1, CHANNELS)) > 1
+    else:
+        return here
 
 
 @triton.jit
@@ -361,8 +435,9 @@ def load_steps(base, rows, here, d, in_d, ROW: tl.constexpr, ORDER: tl.constexpr
     """Elements ``d`` of the rows of each step, in their own precision."""
     loaded = ()
     for s in tl.static_range(len(rows)):
-        at = base + row_at(rows[s], ROW, ORDER) + d
-        loaded = loaded + (tl.load(at + (0 if ORDER else s * ROW), mask=here[s][:, None, None] & in_d, other=0.0),)
+        at = base + row_at(rows[s], ROW, ORDER, d.shape[2]) + d
+        there = mask_at(here[s], d.shape[2]) & in_d
+        loaded = loaded + (tl.load(at + (0 if ORDER else s * ROW), mask=there, other=0.0),)
     return loaded
 
 
@@ -370,21 +445,34 @@ def load_steps(base, rows, here, d, in_d, ROW: tl.constexpr, ORDER: tl.constexpr
 def store_steps(base, ats, values, here, in_d):
     """Stores by step what ``load_steps`` would load."""
     for s in tl.static_range(len(values)):
-        tl.store(base + ats[s], values[s], mask=here[s][:, None, None] & in_d)
+        tl.store(base + ats[s], values[s], mask=mask_at(here[s], values[s].shape[2]) & in_d)
+
+
+@triton.jit
+def store_rows(base, rows, values, here, d, in_d, ROW: tl.constexpr):
+    """Stores by step, at rows behind the first."""
+    for s in tl.static_range(len(values)):
+        at = base + row_at(rows[s], ROW, 5, d.shape[2]) + d
+        tl.store(at, values[s], mask=mask_at(here[s], d.shape[2]) & in_d)
 
 
 @triton.jit
 def load_scalars(base, walk, start, runs, left, ROW: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
-                 ORDER: tl.constexpr):
+                 ORDER: tl.constexpr, SECOND: tl.constexpr = False):
     """One element of each token, [groups, warps, 4] for every four steps, for ``of_steps``: four threads that want the
-    same ones load one each."""
+    same ones load one each. ``SECOND``: as for ``places``."""
     base += (0 if ORDER else start) * ROW
     loaded = ()
     for first in tl.static_range(0, STEPS, 4):
         token = runs[:, None, None] + (first + tl.arange(0, 4)[None, None, :])
         here = token < left
+        if SECOND:
+            token, here = second_of(walk, start + token, here)
+        elif ORDER:
+            token = token_at(walk, start + token, here, ORDER)
+            here = is_token(walk, token, here, ORDER)
         if ORDER:
-            token = token_at(walk, start + token, here, ORDER).to(tl.int64)
+            token = token.to(tl.int64)
         at = tl.broadcast_to(base + token * ROW, (GROUPS, WARPS, 4))
         # They need not be, but so the compiler takes a thread for each of four, as ``of_steps`` does; none loads two.
         at = tl.max_contiguous(at, (1, 1, 4))
@@ -399,8 +487,7 @@ def of_steps(scalars, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
     for s in tl.static_range(STEPS):
         x = scalars[s // 4].to(tl.float32)
         x = tl.gather(x, tl.full(x.shape, s % 4, tl.int32), 2)
-        x = tl.broadcast_to(tl.reshape(x, x.shape + (1,)), x.shape + (CHANNELS // 4,))
-        values = values + (tl.reshape(x, (x.shape[0], x.shape[1], CHANNELS)),)
+        values = values + (spread(x, CHANNELS),)
     return values
 
 
@@ -416,6 +503,28 @@ def widen(values):
                                               tl.float32, True, 2)
         wide = wide + (value.to(tl.float32),)
     return wide
+
+
+@triton.jit
+def add_steps(values, more):
+    """Sums of two tuples of tensors, rounded to their own precision."""
+    sums = ()
+    for i in tl.static_range(len(values)):
+        sums = sums + ((values[i].to(tl.float32) + more[i].to(tl.float32)).to(values[i].dtype),)
+    return sums
+
+
+@triton.jit
+def add_pairs(values, more):
+    """As ``add_steps``, of two numbers of bfloat16 in each 32 bits."""
+    sums = ()
+    for i in tl.static_range(len(values)):
+        first = (values[i] << 16).to(tl.float32, bitcast=True) + (more[i] << 16).to(tl.float32, bitcast=True)
+        second = (values[i] & -65536).to(tl.float32, bitcast=True) + (more[i] & -65536).to(tl.float32, bitcast=True)
+        first = first.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+        second = second.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        sums = sums + (first | second,)
+    return sums
 
 
 @triton.jit(do_not_specialize=['size', 'tiles'])

@@ -10,6 +10,9 @@ from .blocks import (
     RUNTIME,
     Launch,
     add_directions,
+    add_pairs,
+    add_steps,
+    among_tokens,
     ask_now,
     assignment,
     fours,
@@ -25,6 +28,7 @@ from .blocks import (
     row_at,
     state_before,
     store_fours,
+    store_rows,
     store_steps,
     through_groups,
     walk_of,
@@ -40,6 +44,7 @@ from .projection import (
     project_many,
     project_pairs,
 )
+from .quadtree import has_seconds, poison_of
 
 
 @triton.jit
@@ -51,7 +56,7 @@ def _load(x, dt, B, C, walk, start, left, apart, d, in_d, R: tl.constexpr, RANKS
     """
     begin = 0 if ORDER else start
     runs = tl.arange(0, GROUPS) * apart
-    rows, here = places(walk, start, runs, left, STEPS, ORDER)
+    rows, here = places(walk, start, runs, left, d.shape[1], STEPS, ORDER)
     low, cs = (), ()
     if PAIRS:
         low = load_pairs(dt + begin * DT_ROW, rows, here, R, d.shape[1], DT_ROW, ORDER)
@@ -61,6 +66,17 @@ def _load(x, dt, B, C, walk, start, left, apart, d, in_d, R: tl.constexpr, RANKS
     bs = load_scalars(B, walk, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER)
     if EARLY:
         cs = load_scalars(C, walk, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER)
+    if ORDER == 5:
+        if has_seconds(walk, start, (GROUPS - 1) * apart + STEPS):
+            seconds, here = places(walk, start, runs, left, d.shape[1], STEPS, ORDER, True)
+            if PAIRS:
+                low = add_pairs(low, load_pairs(dt, seconds, here, R, d.shape[1], DT_ROW, ORDER))
+            elif SLOTS:
+                low = add_steps(low, load_ranks(dt, seconds, here, R, RANKS, d.shape[1], DT_ROW, ORDER))
+            us = add_steps(us, load_steps(x, seconds, here, d, in_d, X_ROW, ORDER))
+            bs = add_steps(bs, load_scalars(B, walk, start, runs, left, B_ROW, d.shape[1], STEPS, ORDER, True))
+            if EARLY:
+                cs = add_steps(cs, load_scalars(C, walk, start, runs, left, C_ROW, d.shape[1], STEPS, ORDER, True))
     return low, us, bs, cs, rows if EARLY else ()
 
 
@@ -71,8 +87,8 @@ def _widen(low, us, bs, cs, rows, PAIRS: tl.constexpr):
 
 @triton.jit
 def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states, L, chunks,
-          segs, each, dt_image, B_image, C_image, order_image, order_row, height, magic, D: tl.constexpr,
-          N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr,
+          segs, each, dt_image, B_image, C_image, order_image, order_row, height, magic, magic_rows, roll_y, roll_x,
+          D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr,
           DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr, C_ROW: tl.constexpr, C_K: tl.constexpr,
           RANKS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr,
           STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr,
@@ -103,7 +119,7 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
             sums += (row if APART else image) * L * D
     else:
         y += image * L * N * D + first_n * D
-    walk = walk_of(order, image, k, L, K, order_image, order_row, height, magic, ORDER)
+    walk = walk_of(order, image, k, L, K, order_image, order_row, height, magic, magic_rows, roll_y, roll_x, ORDER)
     Y_ROW: tl.constexpr = D if OUTPUT else N * D
     MAP: tl.constexpr = (1 + GROUPS) * 2 * D
     g = tl.arange(0, GROUPS)[:, None, None]
@@ -124,6 +140,7 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
             rate = load_rate(A + k * D * N + d * N + n, LOG, in_d)
         else:  # there is one state
             rate = rate_of(load_fours(A + k * D + g * 0, ds, g >= 0, D, 0.0), LOG)
+        rate += poison_of(walk, ORDER)
         h = tl.zeros([GROUPS, WARPS, CHANNELS], tl.float32)
         through = tl.full([GROUPS, WARPS, CHANNELS], 1.0, tl.float32)
         if SEGMENTED:
@@ -138,9 +155,11 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
         loaded = _widen(*loaded, PAIRS)
         for i in tl.range(0, each, num_stages=1):
             low, us, bs, cs, rows = loaded
-            bs = of_steps(bs, STEPS, CHANNELS)
             start = first + (each - 1 - i if MAPS else i) * ahead
             left = (L - start).to(tl.int32)
+            if ORDER == 5:
+                seconds = has_seconds(walk, start, (GROUPS - 1) * apart + STEPS)
+            bs = of_steps(bs, STEPS, CHANNELS)
             further = first + tl.maximum(each - 2 - i, 0) * ahead if MAPS else start + ahead
             # The next block is loaded while this one is worked on.
             following = _load(x, dt, B + n, C + n, walk, further, (L - further).to(tl.int32), apart, d, in_d, R, RANKS,
@@ -148,6 +167,7 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
             begin = 0 if ORDER else start
             if EARLY:  # of the first direction and state, no token has a sum so far
                 here = inside_of(runs, tl.where(n + (0 if APART else k) > 0, left, 0), STEPS)
+                here = among_tokens(walk, rows, here, ORDER)
                 parts = load_steps(sums + begin * D, rows, here, d, in_d, D, ORDER)
             ask_now(each)
             if STEPS > 4:  # few warps and no segments: the one after that
@@ -186,16 +206,20 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
                 store_fours(states + ((row * chunks + chunk) * N + n) * D, ds, enter,
                             (ran % CHUNK == 0) & (chunk < chunks), D)
                 if EARLY:
-                    here = inside_of(runs, left, STEPS)
+                    here = among_tokens(walk, rows, inside_of(runs, left, STEPS), ORDER)
                 else:
-                    rows, here = places(walk, start, runs, left, STEPS, ORDER)
+                    rows, here = places(walk, start, runs, left, d.shape[1], STEPS, ORDER)
                     if OUTPUT:
                         cs = load_scalars(C, walk, start, runs, left, C_ROW, WARPS, STEPS, ORDER)
+                        if ORDER == 5:
+                            if seconds:
+                                more = load_scalars(C, walk, start, runs, left, C_ROW, WARPS, STEPS, ORDER, True)
+                                cs = add_steps(cs, more)
                 if OUTPUT:
                     cs = of_steps(cs, STEPS, CHANNELS)
                 ats, values = (), ()
                 for s in tl.static_range(STEPS):
-                    at = begin * Y_ROW + row_at(rows[s], Y_ROW, ORDER) + d + (0 if ORDER else s * Y_ROW)
+                    at = begin * Y_ROW + row_at(rows[s], Y_ROW, ORDER, CHANNELS) + d + (0 if ORDER else s * Y_ROW)
                     enter = decays[s] * enter + drives[s]
                     value = enter
                     if OUTPUT:
@@ -208,6 +232,10 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
                     ats, values = ats + (at,), values + (value,)
                 if not EARLY or APART or k * N + n == K * N - 1:
                     store_steps(y, ats, values, here, in_d)
+                    if ORDER == 5:
+                        if seconds:
+                            spots, there = places(walk, start, runs, left, WARPS, STEPS, ORDER, True)
+                            store_rows(y, spots, values, there, d, in_d, Y_ROW)
                 else:
                     store_steps(sums, ats, values, here, in_d)
                 if SEGMENTED:
@@ -225,12 +253,13 @@ def _walk(block, seg, first_n, k, image, x, dt, A, B, C, weight, bias, skip, ord
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states, turn, L, chunks, segs, each, dt_image,
-          B_image, C_image, order_image, order_row, height, magic, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-          R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr, DT_K: tl.constexpr, B_ROW: tl.constexpr,
-          B_K: tl.constexpr, C_ROW: tl.constexpr, C_K: tl.constexpr, RANKS: tl.constexpr, SLOTS: tl.constexpr,
-          PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
-          OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr, LOG: tl.constexpr, AT_ONCE: tl.constexpr,
-          MAPS: tl.constexpr, SEGMENTED: tl.constexpr, OVERLAP: tl.constexpr):
+          B_image, C_image, order_image, order_row, height, magic, magic_rows, roll_y, roll_x, D: tl.constexpr,
+          N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr,
+          DT_K: tl.constexpr, B_ROW: tl.constexpr, B_K: tl.constexpr, C_ROW: tl.constexpr, C_K: tl.constexpr,
+          RANKS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr,
+          STEPS: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr, SKIP: tl.constexpr, ORDER: tl.constexpr,
+          LOG: tl.constexpr, AT_ONCE: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr,
+          OVERLAP: tl.constexpr):
     """One segment of one image and direction, ``CHANNELS * WARPS`` channels, and one state; all states with ``OUTPUT``.
 
     ``turn``, ``AT_ONCE``: see ``Launch.launches``; where that says all in turn, a program takes all directions. What is
@@ -248,9 +277,9 @@ def _scan(x, dt, A, B, C, weight, bias, skip, order, maps, sums, y, states, turn
     block, seg, first_n, k, image = assignment(tl.program_id(0), turn, segs, BLOCKS, NS, AT_ONCE)
     for further in tl.range(0, TURNS, num_stages=1):
         _walk(block, seg, first_n, k + further, image, x, dt, A, B, C, weight, bias, skip, order, maps, sums, y,
-              states, L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row, height, magic, D, N,
-              K, R, X_ROW, DT_ROW, DT_K, B_ROW, B_K, C_ROW, C_K, RANKS, SLOTS, PAIRS, WARPS, CHANNELS, STEPS, CHUNK,
-              OUTPUT, SKIP, ORDER, LOG, AT_ONCE, MAPS, SEGMENTED, OVERLAP)
+              states, L, chunks, segs, each, dt_image, B_image, C_image, order_image, order_row, height, magic,
+              magic_rows, roll_y, roll_x, D, N, K, R, X_ROW, DT_ROW, DT_K, B_ROW, B_K, C_ROW, C_K, RANKS, SLOTS, PAIRS,
+              WARPS, CHANNELS, STEPS, CHUNK, OUTPUT, SKIP, ORDER, LOG, AT_ONCE, MAPS, SEGMENTED, OVERLAP)
         if TURNS > 1:  # threads read what others wrote
             tl.debug_barrier()
 

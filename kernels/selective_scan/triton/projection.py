@@ -7,7 +7,8 @@ import triton.language as tl
 
 from ..._core.triton_math import LOG2_E
 from ..._core.triton_support import INTERPRETED
-from .blocks import GROUPS, row_at, token_at
+from .blocks import GROUPS, is_token, mask_at, row_at, token_at
+from .quadtree import second_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -44,7 +45,7 @@ def load_ranks(base, rows, here, R: tl.constexpr, RANKS: tl.constexpr, WARPS: tl
         for quad in tl.static_range(RANKS // 4):
             at = base + row_at(rows[s], ROW, ORDER) + (rank + quad * 4)
             at = tl.broadcast_to(at + (0 if ORDER else s * ROW), (GROUPS, WARPS, 4))
-            mask = tl.broadcast_to(here[s][:, None, None] & (rank + quad * 4 < R), (GROUPS, WARPS, 4))
+            mask = tl.broadcast_to(mask_at(here[s]) & (rank + quad * 4 < R), (GROUPS, WARPS, 4))
             loaded = loaded + (tl.load(at, mask=mask, other=0.0),)
     return loaded
 
@@ -58,7 +59,7 @@ def load_pairs(base, rows, here, R: tl.constexpr, WARPS: tl.constexpr, ROW: tl.c
         row = (base + row_at(rows[s], ROW, ORDER) + (0 if ORDER else s * ROW)).to(tl.pointer_type(tl.int32))
         for first in tl.static_range(0, R // 2, 4):
             at = tl.broadcast_to(row + (first + pair), (GROUPS, WARPS, 4))
-            mask = tl.broadcast_to(here[s][:, None, None] & (first + pair < R // 2), (GROUPS, WARPS, 4))
+            mask = tl.broadcast_to(mask_at(here[s]) & (first + pair < R // 2), (GROUPS, WARPS, 4))
             loaded = loaded + (tl.load(at, mask=mask, other=0),)
     return loaded
 
@@ -237,12 +238,16 @@ def project_many(dt, weight, bias, walk, start, left, apart, block, D: tl.conste
                  ORDER: tl.constexpr):
     """As ``project``, of ranks too many for a program to hold: sixteen after sixteen, from memory."""
     token, here = tokens_of_rows(walk, start, left, apart, STEPS, ORDER)
+    if ORDER == 5:
+        second, there = tokens_of_rows(walk, start, left, apart, STEPS, ORDER, True)
     dt += (0 if ORDER else start) * ROW
     d = _product_channels(block, WARPS, CHANNELS)
     v = tl.broadcast_to(bias, (WARPS, GROUPS * STEPS, CHANNELS))
     for first in tl.range(0, R, 16, num_stages=1):
         rank = first + tl.arange(0, 16)
         low = load_tile(dt, token, rank, here, ROW, R).to(tl.float32)
+        if ORDER == 5:
+            low += load_tile(dt, second, rank, there, ROW, R).to(tl.float32)
         low = tl.broadcast_to(low[None, :, :], (WARPS, GROUPS * STEPS, 16))
         rank = rank[None, :, None]
         w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E
@@ -272,13 +277,18 @@ def rows_of_steps(STEPS: tl.constexpr):
 
 
 @triton.jit
-def tokens_of_rows(walk, start, left, apart, STEPS: tl.constexpr, ORDER: tl.constexpr):
+def tokens_of_rows(walk, start, left, apart, STEPS: tl.constexpr, ORDER: tl.constexpr, SECOND: tl.constexpr = False):
     """The tokens of ``rows_of_steps``, as ``places`` gives them, and whether they are there."""
     step, group = rows_of_steps(STEPS)
     token = group * apart + step
     here = token < left
+    if SECOND:
+        token, here = second_of(walk, start + token, here)
+    elif ORDER:
+        token = token_at(walk, start + token, here, ORDER)
+        here = is_token(walk, token, here, ORDER)
     if ORDER:
-        token = token_at(walk, start + token, here, ORDER).to(tl.int64)
+        token = token.to(tl.int64)
     return token, here
 
 

@@ -23,10 +23,9 @@ def _rooms():
     from mmvssm.kernels.depthwise_conv import triton as conv
     from mmvssm.kernels.gelu_backward import triton as gelu
     from mmvssm.kernels.quadtree import selection
-    from mmvssm.kernels.quadtree import triton as quadtree
     from mmvssm.kernels.residual_norm import triton as norm
     from mmvssm.kernels.selective_scan import triton as scan
-    return norm, conv, scan, gelu, quadtree, selection
+    return norm, conv, scan, gelu, selection
 
 
 #: Names of modules and of parameters by where they are found; the order of the parameters is that of :func:`_forward`.
@@ -120,11 +119,13 @@ def _parameters(block):
 
 def parameters_of(block, x, branch, scale):
     """The parameters for :func:`run`. None if the modules must be called one by one: there are other modules or hooks
-    than the block's own, a map that a quadtree has to pad, or see :func:`fits`."""
+    than the block's own, a map that a quadtree has to pad, or whose tokens its kernels cannot number, or see
+    :func:`fits`."""
     parameters = _parameters(block)
     if parameters is None:
         return None
-    if len(parameters) > _PREDICTOR and (x.dim() != 4 or x.shape[1] % 4 or x.shape[2] % 4):
+    if len(parameters) > _PREDICTOR and (x.dim() != 4 or x.shape[1] % 4 or x.shape[2] % 4
+                                         or x.shape[1] * x.shape[2]**2 >= 2**32):
         return None
     takes = _CAST + _LINEARS if len(parameters) > _PREDICTOR else _CAST
     return parameters if fits(x, branch, scale, parameters, parameters[0].shape[0], takes) else None
@@ -132,7 +133,7 @@ def parameters_of(block, x, branch, scale):
 
 def _forward(inputs, constants, dtype, kept):
     x, branch, scale, scale2, noise, *parameters = inputs
-    norm, conv, scan, _, quadtree, selection = _rooms()
+    norm, conv, scan, _, selection = _rooms()
     (norm_w, norm_b, _, conv_w, _, dt_w, dt_b, A_logs, Ds, out_norm_w, out_norm_b, _, norm2_w, norm2_b,
      *_) = parameters[:_PREDICTOR]
     takes = _CAST + _LINEARS if constants.shift else _CAST
@@ -154,8 +155,8 @@ def _forward(inputs, constants, dtype, kept):
     del n, v
     s = u.view(batch, length, inner)
     keep(s)
+    order = height, width
     if constants.shift:
-        to_map = height, width, constants.shift, constants.token_order
         _, a = norm.forward(s, None, None, *parameters[_PREDICTOR:_PREDICTOR + 2], eps[3], dtype)
         a = a.view(rows, inner)
         keep(a)
@@ -164,18 +165,15 @@ def _forward(inputs, constants, dtype, kept):
             keep(a)
         selected, soft = selection.select(a.view(batch, length, 2), noise, height, width, constants.rolled,
                                           kept is not None)
-        s = quadtree.forward(s, selected, *to_map, False)
-        keep(selected, soft, s)
+        order = scan.Quadtree(selected, height, width, constants.shift, constants.token_order)
+        keep(selected, soft)
     p = F.linear(s.view(rows, inner), x_w.reshape(-1, inner)).view(batch, length, K, -1)
     dt, B, C = p.split((rank, d_state, d_state), -1)
     y, states = scan.forward(s, dt, A_logs.view(K, inner, d_state), B, C, dt_w, dt_b, Ds.view(K, inner),
-                             (height, width), chunk=CHUNK, log=True)
+                             order, chunk=CHUNK, log=True)
     del u, s, dt, B, C
     keep(p, states, y)
     del p, states
-    if constants.shift:
-        y = quadtree.forward(y, selected, *to_map, True)
-        keep(y)
     _, n = norm.forward(y, None, None, out_norm_w, out_norm_b, eps[1], dtype)
     del y
     o = F.linear(n.view(rows, inner), out_w).view(x.shape)
@@ -190,15 +188,14 @@ def _forward(inputs, constants, dtype, kept):
 
 def _backward(grad_y2, grad_out, constants, needed, inputs, kept):
     x, branch, scale, scale2, _, *parameters = inputs
-    norm, conv, scan, gelu, quadtree, selection = _rooms()
+    norm, conv, scan, gelu, selection = _rooms()
     (norm_w, norm_b, _, conv_w, _, dt_w, dt_b, A_logs, Ds, out_norm_w, out_norm_b, _, norm2_w, norm2_b,
      *_) = parameters[:_PREDICTOR]
     y1, n1, v, u, *kept = kept
     if constants.shift:
-        *layers, selected, soft, s, p, states, sequence, y = kept[:12]
-        kept = kept[12:]
-    else:
-        s, (p, states, y), kept = u, kept[:3], kept[3:]
+        *layers, selected, soft = kept[:7]
+        kept = kept[7:]
+    p, states, y, *kept = kept
     n2, o, n3, a, in_w, x_w, out_w, fc1_w, fc2_w, *linears = kept
     eps = constants.eps
     batch, height, width, dim = x.shape
@@ -226,27 +223,26 @@ def _backward(grad_y2, grad_out, constants, needed, inputs, kept):
     grad_n = torch.mm(grad_o, out_w).view(y.shape)
     grad_y, _, *grads[9:11] = norm.backward(None, grad_n, y, None, None, out_norm_w, out_norm_b, eps[1], False)
     del grad_n, grad_o
+    order = height, width
     if constants.shift:
-        to_map = height, width, constants.shift, constants.token_order
-        gains = quadtree.gains_of(grad_y, sequence, *to_map, True)
-        grad_y = quadtree.forward(grad_y, selected, *to_map, False)
+        order = scan.Quadtree(selected, height, width, constants.shift, constants.token_order)
     dt, B, C = p.split((rank, d_state, d_state), -1)
     grad_p = torch.empty_like(p)
     grad_dt, grad_B, grad_C = grad_p.split((rank, d_state, d_state), -1)
-    grad_s, _, grads[7], _, _, *grads[5:7], grads[8] = scan.backward(
-        grad_y, s, dt, A_logs.view(K, inner, d_state), B, C, dt_w, dt_b, Ds.view(K, inner), (height, width), states,
-        chunk=CHUNK, log=True, grad_dt=grad_dt, grad_B=grad_B, grad_C=grad_C)
+    grad_s, _, grads[7], _, _, *grads[5:7], grads[8], rest = (*scan.backward(
+        grad_y, u, dt, A_logs.view(K, inner, d_state), B, C, dt_w, dt_b, Ds.view(K, inner), order, states,
+        chunk=CHUNK, log=True, grad_dt=grad_dt, grad_B=grad_B, grad_C=grad_C), None)[:9]
     grads[7], grads[8] = grads[7].view(A_logs.shape), grads[8].view(Ds.shape)
+    if constants.shift:
+        gains = scan.gains_of(grad_y, y, u, grad_s, p, grad_p, rest, order)
     del grad_y
     grad_p = grad_p.view(rows, -1)
-    of_weight(X_PROJ, grad_p, s.view(rows, inner))
+    of_weight(X_PROJ, grad_p, u.view(rows, inner))
     if grads[X_PROJ] is not None:
         grads[X_PROJ] = grads[X_PROJ].view(parameters[X_PROJ].shape)
-    grad_s = torch.addmm(grad_s.view(rows, inner), grad_p, x_w.reshape(-1, inner)).view(s.shape)
+    grad_s = torch.addmm(grad_s.view(rows, inner), grad_p, x_w.reshape(-1, inner)).view(u.shape)
     if constants.shift:
-        more_gains = quadtree.gains_of(grad_s, u, *to_map, False)
-        grad_s = quadtree.forward(grad_s, selected, *to_map, True)
-        grad_z = selection.select_backward(layers[4].view(batch, length, 2), soft, gains, more_gains, height, width,
+        grad_z = selection.select_backward(layers[4].view(batch, length, 2), soft, gains, height, width,
                                            constants.rolled)
         grad_a = grad_z.view(rows, 2)
         if needed[_LINEARS[7]]:
