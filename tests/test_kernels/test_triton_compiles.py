@@ -103,7 +103,7 @@ import_module(f'{triton.__name__}.quadtree').gains_of(x, y, x, x, p, p, rest, or
 @pytest.mark.skipif(sys.platform != 'linux', reason='Triton is for Linux')
 @pytest.mark.parametrize('token_order', ['released', 'quadtree'])
 def test_quadtree_compiles_for_a_gpu(token_order):
-    """As wide loads as without an order, and no more barriers: what threads tell each other of tokens takes neither."""
+    """Without more barriers than there are without an order: what threads tell each other of tokens takes none."""
     done = subprocess.run([sys.executable, '-c', QUADTREE, token_order], capture_output=True, text=True,
                           cwd=pathlib.Path(__file__).parent, env={**os.environ, 'TRITON_INTERPRET': '0'})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -113,5 +113,6 @@ def test_quadtree_compiles_for_a_gpu(token_order):
         assert kernel['spilled'] <= SPILLS.get(kernel['kernel'], 0), kernel
         assert kernel['parameters'], kernel
         assert kernel['first'], kernel
+    assert min(kernels[name]['widest'] for name in ('_scan', '_scan_backward')) >= 8  # bytes of a thread at once
     assert kernels['_scan']['barriers'] <= 1, kernels['_scan']  # between directions
     assert kernels['_scan']['shared'] == 0, kernels['_scan']

@@ -242,6 +242,7 @@ def test_launches_are_known_beforehand():
     names = {kernel.__name__ for kernel, *_ in fused.launches_of(
         model.layers, torch.empty(1, 16, 16, 8, device=DEVICE), True)}
     assert {'_scan', '_scan_backward', '_gains', '_select', '_select_backward', '_gelu_backward'} <= names
+    assert '_reorder' not in names
     padded = {kernel.__name__ for kernel, *_ in fused.launches_of(
         model.layers, torch.empty(1, 13, 13, 8, device=DEVICE), True)}
     assert '_scan' in padded

@@ -248,6 +248,7 @@ def project_many(dt, weight, bias, walk, start, left, apart, block, D: tl.conste
         low = load_tile(dt, token, rank, here, ROW, R).to(tl.float32)
         if ORDER == 5:
             low += load_tile(dt, second, rank, there, ROW, R).to(tl.float32)
+            low = low.to(dt.dtype.element_ty).to(tl.float32)
         low = tl.broadcast_to(low[None, :, :], (WARPS, GROUPS * STEPS, 16))
         rank = rank[None, :, None]
         w = tl.load(weight + d * R + rank, mask=(d < D) & (rank < R), other=0.0).to(tl.float32) * -LOG2_E

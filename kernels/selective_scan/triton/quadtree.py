@@ -4,8 +4,8 @@ With one window selected, position ``q`` of the walk by windows has its token th
 that of the walk by sub-windows if this is inside. Each token is at one position. In the order 'quadtree' a position has
 one token. In the order 'released' the L positions are stretches of L / 8 with one, both or none of the two. All that
 is computed of a position is kept in the row of its first token, its home; where there is none, in one of L / 8 rows
-behind those of the tokens. Of what is projected from nothing, ``x``, ``dt``, ``B`` and ``C``, only the gradient of
-``dt`` is not zero.
+behind those of the tokens. Of a position without a token, of the gradients of ``x``, ``dt``, ``B`` and ``C``, only
+that of ``dt`` is not zero.
 """
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ _WARPS = 4
 
 
 class Quadtree(NamedTuple):
-    """QuadMamba's sequence as the ``order`` of a scan in two directions, forwards and backwards."""
+    """QuadMamba's sequence as the ``order`` of a scan in two directions, forwards and backwards. Sides are multiples of
+    4; their product, times the longer one, is below 2**32, see ``magic_of``."""
     selected: torch.Tensor  # the window of each image, (batch, 4), one-hot, float32, contiguous
     height: int
     width: int
@@ -168,7 +169,7 @@ def gains_of(grad_y, y, x, grad_x, p, grad_p, rest, order):
     batch, L, D = x.shape
     gains, P = x.new_empty((batch, 4, L // 4), dtype=torch.float32), p.shape[2:].numel()
     block_d, block_p = (min(next_power_of_2(n), 512) for n in (D, P))
-    rows = max(_TILE // block_d, 1)
+    rows = _TILE // max(block_d, block_p)
     launch(_gains, (batch * cdiv(L, rows), 1, 1), grad_y, y, x, grad_x, p, grad_p, rest, order.selected, gains, L,
            *order.arguments(), D, P, order.token_order == 'released', rows, block_d, block_p,
            num_warps=_WARPS)

@@ -125,7 +125,7 @@ def parameters_of(block, x, branch, scale):
     if parameters is None:
         return None
     if len(parameters) > _PREDICTOR and (x.dim() != 4 or x.shape[1] % 4 or x.shape[2] % 4
-                                         or x.shape[1] * x.shape[2]**2 >= 2**32):
+                                         or x.shape[1] * x.shape[2] * max(x.shape[1:3]) >= 2**32):
         return None
     takes = _CAST + _LINEARS if len(parameters) > _PREDICTOR else _CAST
     return parameters if fits(x, branch, scale, parameters, parameters[0].shape[0], takes) else None
